@@ -1,0 +1,123 @@
+"""Aligned image folders -> one HDF5 file of training patches.
+
+python dataprocessing.py                                    # MSRS_train/{ir,vi}, as published
+python dataprocessing.py --data MSRS_train RoadScene_train  # several data sets into one file
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import InputError, run_script
+from utils.images import Pair, check_same_size, find_modalities, list_pairs, read_luma
+from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[Path("MSRS_train")],
+        metavar="DIR",
+        help="data sets: folders that hold ir/ and vi/, or MRI/ and one of CT/, PET/, SPECT/ (default: MSRS_train)",
+    )
+    add("--vi", type=Path, nargs="+", default=[], metavar="DIR", help="visible (or MRI) folders, instead of --data")
+    add("--ir", type=Path, nargs="+", default=[], metavar="DIR", help="infrared (or CT...) folders, one for each --vi")
+    add("--patch-size", type=int, default=128, help="side of a patch in pixels (default: 128)")
+    add("--stride", type=int, default=200, help="step between patches; 200 is published and leaves gaps (default: 200)")
+    add("--out", type=Path, help="file to write (default: data/<names>_imgsize_<patch size>_stride_<stride>.h5)")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="compact",
+        help="compact: two compressed uint8 arrays, grey rounded; published: one float32 data set a patch",
+    )
+    add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(prepare, build_parser().parse_args(argv))
+
+
+def prepare(args: argparse.Namespace) -> int:
+    if args.patch_size < 2 or args.stride < 1:
+        raise InputError(f"--patch-size {args.patch_size} must be at least 2 and --stride {args.stride} at least 1")
+    folders = source_folders(args)
+    out = args.out or default_out(folders, args.patch_size, args.stride)
+
+    pairs: list[Pair] = []
+    for vis_folder, ir_folder in folders:
+        found = list_pairs(vis_folder, ir_folder)
+        pairs += found.pairs
+        if found.unmatched():
+            print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
+
+    kept = dropped = 0
+    bad: list[str] = []
+    about = {
+        "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders),
+        "patch_size": args.patch_size,
+        "stride": args.stride,
+        "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
+    }
+    with PatchWriter(out, args.patch_size, args.layout, about) as writer:
+        for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
+            try:
+                vis, ir = cut_patches(pair, args.patch_size, args.stride)
+            except InputError as error:
+                bad.append(pair.name)
+                tqdm.write(f"warning: {error}; left out", file=sys.stderr)
+                continue
+            good = [not any(is_low_contrast(p, args.legacy_filter) for p in both) for both in zip(vis, ir, strict=True)]
+            writer.add(vis[good], ir[good])
+            kept += sum(good)
+            dropped += len(good) - sum(good)
+        if not kept:
+            raise InputError(
+                f"not one patch was kept of {len(pairs)} pairs ({dropped} of low contrast, {len(bad)} pairs left out); "
+                f"try a --patch-size below {args.patch_size}. {out} was not written"
+            )
+    print(f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, {len(bad)} left out")
+    return 2 if bad else 0
+
+
+def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
+    if len(args.vi) != len(args.ir):
+        raise InputError(
+            f"--vi names {len(args.vi)} folders and --ir {len(args.ir)}; give as many of one as of the other"
+        )
+    return list(zip(args.vi, args.ir, strict=True)) or [find_modalities(folder) for folder in args.data]
+
+
+def default_out(folders: list[tuple[Path, Path]], patch_size: int, stride: int) -> Path:
+    names = "+".join(dict.fromkeys(vis.resolve().parent.name for vis, _ in folders))
+    return Path("data") / f"{names}_imgsize_{patch_size}_stride_{stride}.h5"
+
+
+def cut_patches(pair: Pair, size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """All patches of a pair, (N, size, size) float32 in [0, 255], vis and ir.
+
+    Raises:
+        InputError: unreadable, of two sizes, or smaller than a patch.
+    """
+    vis, ir = read_luma(pair.vis), read_luma(pair.ir)
+    check_same_size(pair, vis, ir)
+    windows = patch_windows(*vis.shape, size, stride)
+    if not windows:
+        raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}, smaller than a patch of {size}x{size}")
+    return np.stack([vis[window] for window in windows]), np.stack([ir[window] for window in windows])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

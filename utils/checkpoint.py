@@ -1,0 +1,155 @@
+"""Files <-> networks: the published checkpoint format, safe loading, whole-or-nothing saving.
+
+A published file is one dict from network name (`DIDF_Encoder`, ...) to state dict, with every key inside
+prefixed by `module.`. Later published code writes `CDDF_Encoder` for `DIDF_Encoder`. All of these are read.
+We write the published form, plus one entry `about` of plain values (task, commit, recipe), which code written
+for the published files does not look at.
+
+A model that is saved here names its parts in `published_networks`, a dict from the name in the file to the
+attribute that holds the network.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils import InputError, whole_file
+
+ABOUT = "about"
+_PREFIX = "module."
+_POINTER_START = b"version https://git-lfs"
+_ALIASES = {"CDDF_Encoder": "DIDF_Encoder", "CDDF_Decoder": "DIDF_Decoder"}
+
+StateDict = dict[str, Tensor]
+
+
+def load_checkpoint(path: Path | str, model: nn.Module, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Loads a checkpoint in the published format into a model, key for key; on any error the model is unchanged.
+
+    Args:
+        path: the file.
+        model: e.g. `net.CDDFuse()`; `model.published_networks` maps names in the file to its attributes.
+        map_location: device to read the tensors to; they are copied to wherever the model is.
+
+    Returns:
+        The file's `about` entry; empty for files of others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: empty, truncated, a large-file pointer, another network, missing or foreign keys, wrong
+            shapes, or content that only arbitrary code could rebuild. The message is one line with a next step.
+    """
+    path = Path(path)
+    content = read_file(path, map_location)
+    networks = _networks_in(path, content, model.published_networks)
+    for name, attribute in model.published_networks.items():
+        _check_keys(path, name, networks[name], getattr(model, attribute).state_dict())
+    for name, attribute in model.published_networks.items():
+        getattr(model, attribute).load_state_dict(networks[name])
+    about = content.get(ABOUT, {})
+    return dict(about) if isinstance(about, dict) else {}
+
+
+def save_checkpoint(path: Path | str, model: nn.Module, about: dict[str, Any] | None = None) -> None:
+    """Saves a model in the published format (float32, `module.` prefixes), whole or not at all.
+
+    Args:
+        path: the file; folders are made.
+        model: as for `load_checkpoint`.
+        about: plain values (strings, numbers, lists, dicts) stored beside the networks.
+    """
+    content: dict[str, Any] = {
+        name: {
+            _PREFIX + key: value.detach().float().cpu() for key, value in getattr(model, attribute).state_dict().items()
+        }
+        for name, attribute in model.published_networks.items()
+    }
+    if about:
+        content[ABOUT] = about
+    save_file(path, content)
+
+
+def save_file(path: Path | str, content: dict[str, Any]) -> None:
+    """torch.save, whole or not at all."""
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads a file of tensors and plain values without running anything that is in it.
+
+    Raises:
+        FileNotFoundError, InputError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}. Train them with `python train.py`, or name a file with --weights"
+        )
+    with open(path, "rb") as file:
+        start = file.read(len(_POINTER_START))
+    if not start:
+        raise InputError(f"{path} is empty (0 bytes); copy or download it again")
+    if start == _POINTER_START:
+        raise InputError(
+            f"{path} is a text pointer to a large file, not the file; run `git lfs pull` in its repository"
+        )
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path):
+            raise InputError(
+                f"{path} holds more than tensors and plain values, and what it holds could run code; it was not "
+                "loaded. Save its state_dict() with torch.save where it was made"
+            ) from error
+        raise InputError(f"{path} is not a PyTorch checkpoint; name the right file with --weights") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is truncated or damaged ({path.stat().st_size} bytes); copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, not a dict of networks; name the right file with --weights"
+        )
+    return content
+
+
+def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) -> dict[str, StateDict]:
+    """The wanted networks of a file, under their published names, keys without `module.`."""
+    found = {_ALIASES.get(name, name): value for name, value in content.items() if name != ABOUT}
+    if set(found) != set(wanted):
+        raise InputError(
+            f"{path} holds {_listed(found)} where {_listed(wanted)} are expected: "
+            "it is a file of another network; name the right one with --weights"
+        )
+    for name, state in found.items():
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise InputError(f"{path}: {name} is not a dict of tensors; name the right file with --weights")
+    return {name: {key.removeprefix(_PREFIX): value for key, value in state.items()} for name, state in found.items()}
+
+
+def _check_keys(path: Path, name: str, state: StateDict, wanted: StateDict) -> None:
+    missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    if missing or foreign:
+        parts = [f"{len(missing)} keys are missing ({_listed(missing)})"] if missing else []
+        parts += [f"{len(foreign)} are foreign ({_listed(foreign)})"] if foreign else []
+        raise InputError(
+            f"{path}: {name} does not fit this network: {' and '.join(parts)}; name the right file with --weights"
+        )
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            raise InputError(
+                f"{path}: {name} has {key} of shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected; "
+                "it was made for another size of this network: name the right file with --weights"
+            )
+
+
+def _listed(names: Any, most: int = 4) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

@@ -1,0 +1,169 @@
+"""Every loss term of CDDFuse, by its name in the paper, with the constants of the published code.
+
+Images are (B, 1, H, W) in [0, 1], feature maps (B, C, H, W). Every function returns a 0-d tensor that falls as
+things improve, except `correlation`, which is a similarity. All of them compute in float32 or better whatever
+the autocast state: variances by E[x^2] - E[x]^2 and correlations do not survive bfloat16.
+
+Source: Zhao et al., "CDDFuse", CVPR 2023, sections 3.3 and 3.4. Where paper and published code differ, the code
+is followed and the docstring says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SSIM_FORMS = ("published", "standard")
+
+_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
+_C1, _C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 for a data range L of 1
+_CORRELATION_EPS = torch.finfo(torch.float32).eps
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _full_precision(function: Callable) -> Callable:
+    """Runs a function of tensors outside autocast, with half-precision arguments widened to float32."""
+
+    @functools.wraps(function)
+    def wrapped(*tensors: Tensor, **options: float | str) -> Tensor | dict[str, Tensor]:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*(x.float() if x.dtype in _HALVES else x for x in tensors), **options)
+
+    return wrapped
+
+
+@_full_precision
+def ssim_map(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of every pixel: (B, C, H, W) twice -> (B, C, H, W) in [-1, 1].
+
+    Gaussian window of 11 taps and sigma 1.5, reflected borders, data range 1, biased second moments.
+
+    Raises:
+        ValueError: the shapes differ, or a side is shorter than 6 (five pixels are reflected).
+
+    Source:
+        Wang, Bovik, Sheikh and Simoncelli, IEEE Trans. Image Process. 13(4), 2004.
+    """
+    if a.shape != b.shape or min(a.shape[2:]) <= _SSIM_WINDOW // 2:
+        raise ValueError(
+            f"SSIM needs two (B, C, H, W) of one shape with sides of at least {_SSIM_WINDOW // 2 + 1}, "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    batch, channels = a.shape[:2]
+    # The five moments are blurred as one stack, along rows and then along columns.
+    stack = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
+    mean_a, mean_b, aa, bb, ab = _gaussian_blur(stack).view(5, batch, channels, *a.shape[2:])
+    luminance = (2 * mean_a * mean_b + _C1) / (mean_a.square() + mean_b.square() + _C1)
+    var_a, var_b, covariance = aa - mean_a.square(), bb - mean_b.square(), ab - mean_a * mean_b
+    return luminance * (2 * covariance + _C2) / (var_a + var_b + _C2)
+
+
+@_full_precision
+def ssim_loss(a: Tensor, b: Tensor, *, form: str = "published") -> Tensor:
+    """Structural dissimilarity D(a, b), the mean over all pixels.
+
+    "published": clamp(1 - SSIM, 0, 1) / 2, in [0, 0.5]. Flat, so without gradient, wherever SSIM <= 0. The
+    published weights were trained with it (the loss class of kornia up to 0.4).
+    "standard": clamp((1 - SSIM) / 2, 0, 1), in [0, 1]; kornia from 0.5 on. Equal where SSIM >= 0.
+
+    Raises:
+        ValueError: unknown form, or as `ssim_map`.
+    """
+    if form not in SSIM_FORMS:
+        raise ValueError(f"form must be one of {', '.join(SSIM_FORMS)}, got {form!r}")
+    dissimilarity = 1 - ssim_map(a, b)
+    halved = dissimilarity.clamp(0, 1) / 2 if form == "published" else (dissimilarity / 2).clamp(0, 1)
+    return halved.mean()
+
+
+@_full_precision
+def spatial_gradient(image: Tensor) -> Tensor:
+    """Normalised Sobel gradient with replicated borders: (B, 1, H, W) -> (B, 2, H, W), d/dx then d/dy."""
+    return F.conv2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), _sobel(image) / 8)
+
+
+@_full_precision
+def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of the spatial gradients of two images."""
+    return F.l1_loss(spatial_gradient(a), spatial_gradient(b))
+
+
+@_full_precision
+def sobel_magnitude(image: Tensor) -> Tensor:
+    """|Gx| + |Gy| with un-normalised Sobel kernels: (B, 1, H, W) -> (B, 1, H, W), values >= 0.
+
+    Borders are padded with zeros, as published, so a bright border reads as an edge.
+    """
+    return F.conv2d(image, _sobel(image), padding=1).abs().sum(dim=1, keepdim=True)
+
+
+@_full_precision
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation over space of each channel of two feature maps, the mean over batch and channels.
+
+    CC(a, b) in the paper. (B, C, H, W) twice -> 0-d in [-1, 1]. A constant channel counts as 0.
+    """
+    a, b = a.flatten(2), b.flatten(2)
+    a = a - a.mean(dim=2, keepdim=True)
+    b = b - b.mean(dim=2, keepdim=True)
+    norms = torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(b, dim=2)
+    return ((a * b).sum(dim=2) / (_CORRELATION_EPS + norms)).clamp(-1, 1).mean()
+
+
+@_full_precision
+def decomposition_loss(base_vis: Tensor, base_ir: Tensor, detail_vis: Tensor, detail_ir: Tensor) -> dict[str, Tensor]:
+    """CC(detail)^2 / (1.01 + CC(base)): base features should correlate, detail features should not.
+
+    The square is of the mean correlation, so channels of opposite sign cancel, as published.
+
+    Returns:
+        "decomposition" and the two correlations, "cc_base" and "cc_detail".
+    """
+    cc_base, cc_detail = correlation(base_vis, base_ir), correlation(detail_vis, detail_ir)
+    return {
+        "decomposition": cc_detail.square() / (1.01 + cc_base),
+        "cc_base": cc_base,
+        "cc_detail": cc_detail,
+    }
+
+
+@_full_precision
+def reconstruction_loss(
+    image: Tensor, reconstruction: Tensor, *, ssim_weight: float = 5.0, form: str = "published"
+) -> Tensor:
+    """Mean squared error + ssim_weight * D: how well an image survives encoding and decoding."""
+    return F.mse_loss(reconstruction, image) + ssim_weight * ssim_loss(image, reconstruction, form=form)
+
+
+@_full_precision
+def fusion_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, gradient_weight: float = 10.0) -> dict[str, Tensor]:
+    """Fused image against the brighter source and the stronger edge of each pixel.
+
+    Returns:
+        "intensity": mean |max(vis, ir) - fused|; "gradient": mean |max(S(vis), S(ir)) - S(fused)| with S the
+        `sobel_magnitude`; "fusion": intensity + gradient_weight * gradient.
+    """
+    intensity = F.l1_loss(fused, torch.maximum(vis, ir))
+    vis_edges, ir_edges, fused_edges = sobel_magnitude(torch.cat([vis, ir, fused])).chunk(3)
+    gradient = F.l1_loss(fused_edges, torch.maximum(vis_edges, ir_edges))
+    return {"fusion": intensity + gradient_weight * gradient, "intensity": intensity, "gradient": gradient}
+
+
+def _sobel(like: Tensor) -> Tensor:
+    """Sobel kernels for d/dx and d/dy (cross-correlation), (2, 1, 3, 3), on the image's device."""
+    kernel = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=like.dtype, device=like.device)
+    return torch.stack([kernel, kernel.T])[:, None]
+
+
+def _gaussian_blur(image: Tensor) -> Tensor:
+    """Separable Gaussian with reflected borders: (N, 1, H, W) -> (N, 1, H, W)."""
+    radius = _SSIM_WINDOW // 2
+    taps = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
+    window = torch.exp(-taps.square() / (2 * _SSIM_SIGMA**2))
+    window = (window / window.sum()).view(1, 1, 1, -1)
+    padded = F.pad(image, (radius,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, window), window.transpose(2, 3))

@@ -1,0 +1,67 @@
+"""The fusion systems, behind one set of verbs, so that no script asks which system it runs.
+
+A system is a class that is an `nn.Module` and has
+
+- `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side`: in pixels;
+- `Options`: a frozen dataclass of its own training options, which become command-line options of train.py;
+- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
+- `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
+  the images;
+- `stages(options, task)`: the training, as a list of `Stage`;
+- `load_published(path)` and `save(path, about)`: its checkpoint files.
+
+A new system is a file in this folder and a line in `SYSTEMS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from utils import InputError
+
+TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
+
+# Name on the command line -> module and class. Imported when asked for: one system never needs another.
+SYSTEMS = {"cddfuse": ("zoo.cddfuse", "CDDFuseSystem")}
+
+
+class Batch(NamedTuple):
+    """Training patches, (B, 1, H, W) in [0, 1] each."""
+
+    vis: Tensor
+    ir: Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of a training: what is trained, for how long, on which losses.
+
+    Attributes:
+        name: for the log.
+        epochs: how many.
+        networks: those that are trained, by name. Each has its own gradient clipping and its own learning rate
+            schedule, which counts only the epochs in which it was trained.
+        losses: a batch -> every loss term by its name in the paper; the key `total` is minimised.
+    """
+
+    name: str
+    epochs: int
+    networks: dict[str, nn.Module]
+    losses: Callable[[Batch], dict[str, Tensor]]
+
+
+def find_system(name: str) -> type[Any]:
+    """The class of a system by its name on the command line.
+
+    Raises:
+        InputError: no such system; the known ones are named.
+    """
+    if name not in SYSTEMS:
+        raise InputError(f"no system is called {name!r}; --system takes one of: {', '.join(SYSTEMS)}")
+    module, attribute = SYSTEMS[name]
+    return getattr(importlib.import_module(module), attribute)
