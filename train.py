@@ -27,11 +27,10 @@ from tqdm import tqdm
 
 from utils import InputError, git_commit, run_script
 from utils.checkpoint import read_file, save_file
-from utils.inference import pick_device
+from utils.inference import PRECISIONS, pick_device
 from utils.patches import PatchDataset, random_batches
 from zoo import SYSTEMS, TASKS, Batch, Stage, find_system
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("step", "cosine")
 
 
@@ -157,13 +156,14 @@ def train(args: argparse.Namespace, system: type) -> int:
 
 def train_epoch(run: Run, stage: Stage, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """One epoch of a stage. Returns the means of every loss term and other things worth a log line."""
+    precision = run.options.precision
     started = time.perf_counter()
     sums: dict[str, float] = {}
     patches = 0
     for vis, ir in batches:
         run.set_learning_rates(stage)
         batch = Batch(vis.to(run.device), ir.to(run.device))
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.options.precision == "bfloat16"):
+        with torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "float32"):
             terms = stage.losses(batch)
         values = {name: value.item() for name, value in terms.items()}
         if not math.isfinite(values["total"]):
@@ -242,7 +242,7 @@ class Run:
     def about(self) -> dict[str, Any]:
         """What is stored beside the weights."""
         facts = {"epochs": self.epoch, "steps": self.step, "data": str(self.args.data.name), "commit": git_commit()}
-        return {**self.settings, **facts, "torch": torch.__version__, "device": str(self.device)}
+        return {**self.settings, **facts, "torch": str(torch.__version__), "device": str(self.device)}
 
     def save(self, path: Path) -> None:
         save_file(path, {
