@@ -51,10 +51,11 @@ def _read_luma(path: Path) -> tuple[np.ndarray, int]:
     encoded = np.fromfile(path, dtype=np.uint8)  # not cv2.imread: it cannot open every unicode path
     # OpenCV refuses an empty buffer with an exception of its own.
     bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if encoded.size else None
-    if bgr is None:
-        raise InputError(f"{path} is not an image that OpenCV can read ({encoded.size} bytes); replace or remove it")
-    if bgr.dtype not in (np.uint8, np.uint16):
-        raise InputError(f"{path} holds {bgr.dtype} pixels; convert it to 8 or 16 bits first")
+    if bgr is None or bgr.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            f"{path} is not an image of 8 or 16 bits that OpenCV can read ({encoded.size} bytes); "
+            "replace it, convert it, or remove it"
+        )
     luma = cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
     if bgr.dtype == np.uint16:
         return luma * np.float32(255 / 65535), 16

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from utils import InputError
 
-
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -1,0 +1,32 @@
+"""Fuses and scores infrared and visible pairs: the table of the CDDFuse paper.
+
+python test_IVF.py                       # TNO and RoadScene, or the bundled samples where those are absent
+python test_IVF.py --data my_images      # my_images/vi/*.png and my_images/ir/*.png
+python test_IVF.py --weights runs/cddfuse_ivf/CDDFuse_IVF.pth --baselines
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from utils import run_script
+from utils.testing import Benchmark, add_arguments, run_benchmark
+
+IVF = Benchmark(
+    task="ivf",
+    sets=("TNO", "RoadScene"),
+    samples=("Sample_IVF",),
+    weights=("CDDFuse_IVF.pth",),
+    row_label=lambda system, stem: f"{system}    ",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, IVF)
+    return run_script(lambda args: run_benchmark(args, IVF), parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,35 @@
+"""Fuses and scores medical pairs, MRI with CT, PET or SPECT: the table of the CDDFuse paper.
+
+    python test_MIF.py                       # MRI_CT, MRI_PET and MRI_SPECT, or the bundled samples
+    python test_MIF.py --data my_images      # my_images/MRI/*.png and my_images/PET/*.png
+    python test_MIF.py --weights models/CDDFuse_MIF.pth --skip none
+
+By default both the infrared-visible weights (the decoder sees the sum of both images) and the medical ones (it
+sees none) are run, as published.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from utils import run_script
+from utils.testing import Benchmark, add_arguments, run_benchmark
+
+MIF = Benchmark(
+    task="mif",
+    sets=("MRI_CT", "MRI_PET", "MRI_SPECT"),
+    samples=("Sample_MRI_CT", "Sample_MRI_PET"),
+    weights=("CDDFuse_IVF.pth", "CDDFuse_MIF.pth"),
+    row_label=lambda system, stem: stem,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, MIF)
+    return run_script(lambda args: run_benchmark(args, MIF), parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""dataprocessing.py and the patch file."""
+
+from __future__ import annotations
+
+import os
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import dataprocessing
+from tests.conftest import write_pair
+from utils import InputError
+from utils.images import read_grey, read_luma
+from utils.patches import PatchDataset, PatchWriter, is_low_contrast, random_batches
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed, name in enumerate(["01.png", "02.png", "10.png"]):
+        write_pair(tmp_path / "SET", ("vi", "ir"), name, seed)
+    return tmp_path / "SET"
+
+
+def prepare(folder, out, *options):
+    return dataprocessing.main(
+        ["--data", str(folder), "--patch-size", "32", "--stride", "20", "--out", str(out), *options]
+    )
+
+
+@pytest.mark.parametrize("layout", ["compact", "published"])
+def test_patches_are_the_windows_of_the_images_in_order(folder, tmp_path, layout, capsys):
+    assert prepare(folder, tmp_path / "p.h5", "--layout", layout) == 0
+    dataset = PatchDataset(tmp_path / "p.h5")
+    # 64x72 images: rows 0, 20 and columns 0, 20, 40
+    assert len(dataset) == 3 * 6 and "18 patches kept, 0 dropped" in capsys.readouterr().out
+    read = read_grey if layout == "compact" else read_luma
+    window = (slice(20, 52), slice(40, 72))
+    vis, ir = dataset[2 * 6 + 5]
+    assert vis.shape == (1, 32, 32) and vis.dtype == torch.float32
+    np.testing.assert_allclose(vis[0], read(folder / "vi/10.png")[window] / 255, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(ir[0], read(folder / "ir/10.png")[window] / 255, rtol=0, atol=1e-7)
+
+
+def test_published_layout_has_the_published_names(folder, tmp_path):
+    prepare(folder, tmp_path / "p.h5", "--layout", "published")
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert set(file) == {"vis_patchs", "ir_patchs"}
+        assert set(file["ir_patchs"]) == {str(i) for i in range(18)}
+        assert file["ir_patchs/0"].shape == (1, 32, 32) and file["ir_patchs/0"].dtype == np.float32
+
+
+def test_compact_file_says_where_it_comes_from(folder, tmp_path):
+    prepare(folder, tmp_path / "p.h5")
+    about = PatchDataset(tmp_path / "p.h5").about
+    assert about["patch_size"] == 32 and about["stride"] == 20 and "SET" in about["sources"]
+
+
+def test_several_data_sets_go_into_one_file(folder, tmp_path):
+    write_pair(tmp_path / "MED", ("MRI", "PET"), "1.png", 9)
+    assert dataprocessing.main(
+        ["--data", str(folder), str(tmp_path / "MED"), "--patch-size", "32", "--out", str(tmp_path / "p.h5")]
+    ) == 0  # fmt: skip
+    assert len(PatchDataset(tmp_path / "p.h5")) == 4
+
+
+def test_default_name_is_the_published_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert dataprocessing.main(["--data", "SET", "--patch-size", "32"]) == 0
+    assert (tmp_path / "data/SET_imgsize_32_stride_200.h5").is_file()
+
+
+def test_folders_can_be_named_one_by_one(folder, tmp_path, capsys):
+    out = tmp_path / "p.h5"
+    options = ["--patch-size", "32", "--out", str(out)]
+    assert dataprocessing.main(["--vi", str(folder / "vi"), "--ir", str(folder / "ir"), *options]) == 0
+    assert len(PatchDataset(out)) == 3
+    assert dataprocessing.main(["--vi", str(folder / "vi"), *options]) == 2
+    assert "as many of one as of the other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("patch", "low", "legacy"),
+    [
+        (np.zeros((8, 8)), True, False),  # black: the published filter divides by zero and keeps it
+        (np.full((8, 8), 128.0), True, True),
+        (np.linspace(100, 105, 64).reshape(8, 8), True, True),
+        (np.linspace(100, 140, 64).reshape(8, 8), False, False),
+    ],
+)
+def test_low_contrast_filter(patch, low, legacy):
+    assert is_low_contrast(patch) == low
+    assert is_low_contrast(patch, legacy=True) == legacy
+
+
+def test_pair_is_dropped_when_either_patch_is_flat(folder, tmp_path, capsys):
+    import cv2
+
+    cv2.imwrite(str(folder / "ir/02.png"), np.zeros((64, 72), np.uint8))
+    assert prepare(folder, tmp_path / "p.h5") == 0
+    assert "12 patches kept, 6 dropped" in capsys.readouterr().out
+    assert prepare(folder, tmp_path / "q.h5", "--legacy-filter") == 0
+    assert len(PatchDataset(tmp_path / "q.h5")) == 18
+
+
+def test_bad_pair_is_named_and_the_rest_done(folder, tmp_path, capsys):
+    (folder / "vi/02.png").write_bytes(b"broken")
+    write_pair(folder, ("vi", "ir"), "small.png", 5, size=(20, 20))
+    write_pair(folder, ("vi", "ir"), "alone.png", 6)
+    (folder / "ir/alone.png").unlink()
+    assert prepare(folder, tmp_path / "p.h5") == 2
+    printed = capsys.readouterr()
+    assert "02.png is not an image" in printed.err and "smaller than a patch" in printed.err
+    assert "alone.png" in printed.err and "2 left out" in printed.out
+    assert len(PatchDataset(tmp_path / "p.h5")) == 12
+
+
+def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, monkeypatch):
+    (tmp_path / "p.h5").write_bytes(b"old")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataprocessing, "cut_patches", interrupted)
+    assert prepare(folder, tmp_path / "p.h5") == 130
+    assert (tmp_path / "p.h5").read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["SET", "p.h5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "nowhere must hold two folders"),
+        (["--patch-size", "1"], "--patch-size"),
+        (["--stride", "0"], "--stride"),
+        (["--patch-size", "500"], "not one patch was kept"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):
+    out = ["--out", str(tmp_path / "p.h5")]
+    assert dataprocessing.main(["--data", str(folder), *out, *options]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and message in error[0]
+    assert not (tmp_path / "p.h5").exists()
+
+
+def test_bad_patch_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="dataprocessing.py"):
+        PatchDataset(tmp_path / "none.h5")
+    (tmp_path / "bad.h5").write_bytes(b"no HDF5")
+    with pytest.raises(InputError, match="not a readable patch file"):
+        PatchDataset(tmp_path / "bad.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["something"] = np.zeros(3)
+    with pytest.raises(InputError, match="not a readable patch file"):
+        PatchDataset(tmp_path / "other.h5")
+    with PatchWriter(tmp_path / "empty.h5", 8):
+        pass
+    with pytest.raises(InputError, match="at least one"):
+        PatchDataset(tmp_path / "empty.h5")
+
+
+def test_published_files_are_read_in_the_order_of_their_numbers(tmp_path):
+    with PatchWriter(tmp_path / "p.h5", 4, "published") as writer:
+        patches = np.arange(12, dtype=np.float32)[:, None, None] * np.ones((1, 4, 4), np.float32)
+        writer.add(patches, patches + 100)
+    dataset = PatchDataset(tmp_path / "p.h5")
+    assert [round(dataset[i][0][0, 0, 0].item() * 255) for i in range(12)] == list(range(12))  # 10 after 9, not after 1
+    assert round(dataset[11][1][0, 0, 0].item() * 255) == 111
+
+
+# ---- batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Ten patches; pixel (y, x) of patch n is 20 n + y in vis, and one more in ir."""
+    base = 20 * np.arange(10)[:, None, None] + np.arange(8)[None, :, None] + np.zeros((1, 1, 8), int)
+    with PatchWriter(tmp_path / "n.h5", 8) as writer:
+        writer.add(base.astype(np.float32), base.astype(np.float32) + 1)
+    return PatchDataset(tmp_path / "n.h5")
+
+
+def test_epoch_is_every_patch_once_and_the_last_batch_may_be_smaller(numbered):
+    batches = list(random_batches(numbered, 4, (0, 0)))
+    assert [len(vis) for vis, _ in batches] == [4, 4, 2]
+    seen = torch.cat([vis[:, 0, 0, 0] for vis, _ in batches]) * 255 / 20
+    assert sorted(seen.round().int().tolist()) == list(range(10))
+    assert seen.round().int().tolist() != list(range(10))
+
+
+def test_same_seed_same_batches_and_other_epoch_others(numbered):
+    def first(seed):
+        return next(random_batches(numbered, 4, seed, crop=4, flips=True))[0]
+
+    assert torch.equal(first((0, 3)), first((0, 3)))
+    assert not torch.equal(first((0, 3)), first((0, 4)))
+
+
+def test_both_images_get_the_same_crop_and_turn(numbered):
+    for vis, ir in random_batches(numbered, 4, (0, 0), crop=5, flips=True, batches=20):
+        assert vis.shape[2:] == (5, 5)
+        torch.testing.assert_close(ir - vis, torch.full_like(vis, 1 / 255))
+
+
+def test_epoch_can_be_longer_or_shorter_than_the_patches(numbered):
+    assert sum(len(vis) for vis, _ in random_batches(numbered, 4, (0, 0), batches=2)) == 8
+    many = torch.cat([vis[:, 0, 0, 0] for vis, _ in random_batches(numbered, 4, (0, 0), batches=5)]) * 255 / 20
+    assert np.bincount(many.round().int().numpy()).tolist() == [2] * 10

@@ -1,0 +1,237 @@
+"""test_IVF.py and test_MIF.py: printed layout, files, defaults, and the way from folders to a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dataprocessing
+import test_IVF
+import test_MIF
+import train
+from tests.conftest import write_pair
+from utils import ROOT
+from utils.checkpoint import save_checkpoint
+from utils.images import read_grey, write_grey
+from utils.inference import fuse_arrays
+from utils.metrics import score
+from zoo.cddfuse import CDDFuseSystem
+
+HEADER = "\t\t EN\t SD\t SF\t MI\tSCD\tVIF\tQabf\tSSIM"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    return CDDFuseSystem().eval()
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    save_checkpoint(tmp_path / "CDDFuse_IVF.pth", model, {"task": "ivf"})
+    return tmp_path / "CDDFuse_IVF.pth"
+
+
+@pytest.fixture
+def infrared(tmp_path):
+    for seed, name in enumerate(["b.png", "a.x.png"]):
+        write_pair(tmp_path / "data" / "MINE", ("vi", "ir"), name, seed, size=(43, 51))
+    return tmp_path / "data" / "MINE"
+
+
+def run(script, capsys, *options):
+    code = script.main([str(option) for option in ("--device", "cpu", *options)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_ivf_prints_the_published_table_and_one_line_that_says_how(infrared, weights, tmp_path, capsys):
+    code, out, _ = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    assert code == 0
+    lines = out.split("\n")
+    assert lines[:5] == ["", "", "=" * 80, "The test result of MINE :", HEADER]
+    assert lines[5].startswith("CDDFuse    \t") and len(lines[5].split("\t")) == 9
+    assert lines[6] == "=" * 80
+    for part in ("protocol paper", "2 pairs", str(weights), "cpu"):
+        assert part in lines[7]
+
+
+def test_scores_are_those_of_the_files_as_written(infrared, weights, model, tmp_path, capsys):
+    run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    folder = tmp_path / "out" / "CDDFuse_IVF" / "MINE"
+    assert sorted(path.name for path in folder.iterdir()) == ["a.x.png", "b.png", "metrics.csv", "metrics.json"]
+    rows = {row["image"]: row for row in csv.DictReader((folder / "metrics.csv").open())}
+    means = json.loads((folder / "metrics.json").read_text())
+    wanted = []
+    for name in ("a.x", "b"):
+        vis, ir = (read_grey(infrared / modality / f"{name}.png") for modality in ("vi", "ir"))
+        fused = read_grey(folder / f"{name}.png")
+        write_grey(tmp_path / "again.png", fuse_arrays(model, vis, ir, "vis"))
+        np.testing.assert_array_equal(fused, read_grey(tmp_path / "again.png"))
+        assert fused.min() == 0 and fused.max() == 255  # stretched, as published
+        wanted.append(score(fused, ir, vis))
+        assert float(rows[name]["VIF"]) == pytest.approx(wanted[-1]["VIF"], rel=1e-12)
+    for metric, value in means["mean"].items():
+        assert value == pytest.approx(np.mean([scores[metric] for scores in wanted]), rel=1e-12), metric
+    assert means["pairs"] == 2 and means["protocol"] == "paper" and means["weights"] == str(weights)
+
+
+def test_stale_files_in_the_output_folder_do_not_count(infrared, weights, tmp_path, capsys):
+    folder = tmp_path / "out" / "CDDFuse_IVF" / "MINE"
+    options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    first = run(test_IVF, capsys, *options)[1]
+    write_grey(folder / "stale.png", np.zeros((43, 51)))
+    assert run(test_IVF, capsys, *options)[1] == first
+
+
+def test_mif_runs_each_weight_file_into_its_own_folder_with_its_own_skip(model, weights, tmp_path, capsys):
+    save_checkpoint(tmp_path / "CDDFuse_MIF.pth", model, {"task": "mif"})
+    write_pair(tmp_path / "data" / "MRI_CT", ("MRI", "CT"), "1.png", 0, size=(43, 51))
+    code, out, _ = run(
+        test_MIF, capsys, "--data", tmp_path / "data", "--sets", "MRI_CT", "--out", tmp_path / "out",
+        "--weights", weights, tmp_path / "CDDFuse_MIF.pth",
+    )  # fmt: skip
+    assert code == 0
+    lines = out.split("\n")
+    assert lines[4] == HEADER
+    assert lines[5].startswith("CDDFuse_IVF\t") and lines[6].startswith("CDDFuse_MIF\t")
+    skips = {
+        stem: json.loads((tmp_path / f"out/{stem}/MRI_CT/metrics.json").read_text())["skip"]
+        for stem in ("CDDFuse_IVF", "CDDFuse_MIF")
+    }
+    assert skips == {"CDDFuse_IVF": "sum", "CDDFuse_MIF": "none"}
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "script", "skip"),
+    [
+        ("CDDFuse_MIF.pth", None, test_MIF, "none"),  # published files say nothing; their names do
+        ("CDDFuse_IVF.pth", None, test_MIF, "sum"),
+        ("mine.pth", {"task": "mif"}, test_MIF, "none"),  # ours remember
+        ("mine.pth", {"task": "ivf"}, test_IVF, "vis"),
+    ],
+)
+def test_decoder_image_is_the_one_of_the_training(model, tmp_path, capsys, name, about, script, skip):
+    save_checkpoint(tmp_path / name, model, about)
+    write_pair(tmp_path / "S", ("MRI", "PET"), "1.png", 0, size=(43, 51))
+    options = ("--data", tmp_path / "S", "--weights", tmp_path / name, "--out", tmp_path / "out")
+    assert f"decoder image: {skip}" in run(script, capsys, *options)[1]
+    assert "decoder image: vis" in run(script, capsys, *options, "--skip", "vis")[1]
+
+
+def test_baselines_are_the_sources_and_their_average(infrared, weights, tmp_path, capsys):
+    out = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "o", "--baselines")[1]
+    rows = {line.split("\t")[0].strip(): line.split("\t")[1:] for line in out.split("\n")[5:9]}
+    assert list(rows) == ["CDDFuse", "vi only", "ir only", "average"]
+    pairs = [tuple(read_grey(infrared / m / f"{n}.png") for m in ("vi", "ir")) for n in ("a.x", "b")]
+    wanted = np.mean([score(np.floor((vis + ir) / 2 + 0.5), ir, vis)["SD"] for vis, ir in pairs])
+    assert rows["average"][1] == str(round(wanted, 2))
+    assert rows["vi only"][4] == "nan" and "vi only: no value for SCD of 2 of 2 images" in out
+
+
+def test_bad_pairs_are_named_and_the_rest_is_done(infrared, weights, tmp_path, capsys):
+    write_pair(infrared, ("vi", "ir"), "c.png", 5, size=(43, 51))
+    (infrared / "ir/c.png").write_bytes(b"broken")
+    write_pair(infrared, ("vi", "ir"), "d.png", 6, size=(20, 51))  # below the smallest side of VIF
+    write_pair(infrared, ("vi", "ir"), "e.png", 7)
+    (infrared / "vi/e.png").unlink()
+    code, out, err = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    assert code == 2 and "2 pairs" in out
+    assert "MINE/c" in err and "MINE/d" in err and "e.png" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "nowhere"), "nowhere"),
+        (("--sets", "TNO"), "must hold two folders"),
+        (("--weights", "none.pth"), "no weights at none.pth"),
+        (("--skip", "ir"), "vis, sum, none"),
+        (("--device", "quantum"), "try --device cpu"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(infrared, weights, tmp_path, capsys, options, message):
+    base = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    code, _, err = run(test_IVF, capsys, *base, *options)
+    assert code == 2 and message in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_weight_files_of_one_name_are_refused(infrared, weights, model, tmp_path, capsys):
+    save_checkpoint(tmp_path / "other/CDDFuse_IVF.pth", model)
+    code, _, err = run(test_IVF, capsys, "--data", infrared, "--weights", weights, tmp_path / "other/CDDFuse_IVF.pth")
+    assert code == 2 and "share a folder" in err
+
+
+def test_weights_that_give_nan_are_refused_not_scored(infrared, model, tmp_path, capsys):
+    broken = CDDFuseSystem()
+    torch.nn.init.constant_(broken.decoder.output[2].weight, float("nan"))
+    save_checkpoint(tmp_path / "nan.pth", broken)
+    code, _, err = run(test_IVF, capsys, "--data", infrared, "--weights", tmp_path / "nan.pth", "--out", tmp_path / "o")
+    assert code == 2 and "NaN" in err
+    assert not list((tmp_path / "o").rglob("*.png"))
+
+
+def test_protocol_and_stretch_are_options(infrared, weights, tmp_path, capsys):
+    options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    assert "protocol standard" in run(test_IVF, capsys, *options, "--protocol", "standard", "--no-stretch")[1]
+    fused = read_grey(tmp_path / "out/CDDFuse_IVF/MINE/b.png")
+    assert fused.min() > 0 and fused.max() < 255
+
+
+@pytest.mark.parametrize("script", [test_IVF, test_MIF])
+def test_without_benchmark_folders_the_samples_are_shown_and_the_user_is_told(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("FUSION_DATA", raising=False)
+    from utils import testing
+
+    args = type("Args", (), {"data": None, "sets": None})()
+    benchmark = script.IVF if script is test_IVF else script.MIF
+    if any((ROOT / "test_img" / name).is_dir() for name in benchmark.sets):
+        pytest.skip("the benchmark folders are in test_img/")
+    found = testing.find_sets(args, benchmark)
+    assert tuple(test_set.name for test_set in found) == benchmark.samples
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and all(name in said for name in benchmark.sets) and "test_img" in said
+
+
+def test_variable_names_the_benchmark_folder(monkeypatch, infrared, weights, tmp_path, capsys):
+    (tmp_path / "data").rename(tmp_path / "test_img")
+    monkeypatch.setenv("FUSION_DATA", str(tmp_path))
+    code, out, _ = run(test_IVF, capsys, "--sets", "MINE", "--weights", weights, "--out", tmp_path / "out")
+    assert code == 0 and "The test result of MINE :" in out
+
+
+def test_whole_way_from_folders_to_a_table(infrared, tmp_path, capsys):
+    patches, out = tmp_path / "p.h5", tmp_path / "run"
+    assert (
+        dataprocessing.main(["--data", str(infrared), "--patch-size", "24", "--stride", "12", "--out", str(patches)])
+        == 0
+    )
+    base = ["--data", str(patches), "--out", str(out), "--device", "cpu", "--epoch-batches", "1", "--batch-size", "2"]
+    assert train.main([*base, "--stage1-epochs", "1", "--stage2-epochs", "1"]) == 0
+    assert train.main([*base, "--stage1-epochs", "1", "--stage2-epochs", "1", "--resume", "auto"]) == 0
+    code, printed, _ = run(
+        test_IVF, capsys, "--data", infrared, "--weights", out / "CDDFuse_IVF.pth", "--out", tmp_path / "o"
+    )
+    assert code == 0 and "The test result of MINE :" in printed
+
+
+def test_scripts_do_nothing_on_import_and_pytest_does_not_collect_them():
+    code = "import test_IVF, test_MIF, train, dataprocessing"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr == ""
+    assert 'testpaths = ["tests", "utils"]' in (Path(ROOT) / "pyproject.toml").read_text()
+
+
+def test_bundled_weights_load_and_know_their_task():
+    for task in ("ivf", "mif"):
+        path = ROOT / "models" / f"CDDFuse_{task.upper()}.pth"
+        assert CDDFuseSystem().load_published(path)["task"] == task

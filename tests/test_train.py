@@ -1,0 +1,245 @@
+"""train.py: the published schedule, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from utils.checkpoint import read_file, save_file
+from utils.patches import PatchWriter
+from zoo import SYSTEMS, Stage, find_system
+from zoo.cddfuse import CDDFuseSystem
+
+
+@pytest.fixture
+def patch_file(tmp_path):
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    waves = 127 + 100 * np.sin(0.5 * x + 0.3 * y + np.arange(6)[:, None, None])
+    with PatchWriter(tmp_path / "patches.h5", 16) as writer:
+        writer.add(np.clip(waves + rng.normal(0, 3, waves.shape), 0, 255), 255 - np.clip(waves, 0, 255))
+    return tmp_path / "patches.h5"
+
+
+def run(patch_file, out, *options, epochs=(1, 1)):
+    argv = ["--data", str(patch_file), "--out", str(out), "--device", "cpu", "--batch-size", "4"]
+    argv += ["--stage1-epochs", str(epochs[0]), "--stage2-epochs", str(epochs[1]), *options]
+    return train.main(argv)
+
+
+def weights(out):
+    content = read_file(next(out.glob("CDDFuse_*.pth")))
+    return {f"{name}.{k}": v for name, state in content.items() if name != "about" for k, v in state.items()}
+
+
+def test_resumed_run_repeats_the_straight_one_bit_for_bit(patch_file, tmp_path, monkeypatch):
+    assert run(patch_file, tmp_path / "a", "--flips", "--crop", "12", epochs=(2, 2)) == 0
+
+    train_epoch, calls = train.train_epoch, []
+
+    def dies_in_epoch_3(*args):  # the middle of stage two
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_epoch", dies_in_epoch_3)
+        assert run(patch_file, tmp_path / "b", "--flips", "--crop", "12", epochs=(2, 2)) == 130
+    assert run(patch_file, tmp_path / "b", "--flips", "--crop", "12", "--resume", "auto", epochs=(2, 2)) == 0
+    straight, resumed = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for key, value in straight.items():
+        torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in "ab"]
+    assert [json.loads(line)["losses"] for line in logs[0]] == [json.loads(line)["losses"] for line in logs[1]]
+
+
+def test_log_has_a_line_an_epoch_with_every_term(patch_file, tmp_path):
+    run(patch_file, tmp_path / "run")
+    first, second = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert (first["epoch"], first["stage"], second["epoch"], second["stage"]) == (1, "decomposition", 2, "fusion")
+    terms = {"cc_base", "cc_detail", "decomposition", "total"}
+    assert set(first["losses"]) == terms | {"reconstruction_vis", "reconstruction_ir", "gradient_vis"}
+    assert set(second["losses"]) == terms | {"fusion", "intensity", "gradient"}
+    assert first["step"] == 2 and first["patches_per_second"] > 0
+
+
+def test_stage_one_leaves_the_fusion_layers_alone_and_stage_two_does_not(patch_file, tmp_path):
+    for task, epochs in (("one", (1, 0)), ("two", (0, 1))):
+        run(patch_file, tmp_path / task, epochs=epochs)
+    torch.manual_seed(0)
+    start = CDDFuseSystem().base_fusion.attn.proj.weight
+    key = "BaseFuseLayer.module.attn.proj.weight"
+    torch.testing.assert_close(weights(tmp_path / "one")[key], start, rtol=0, atol=0)
+    assert not torch.equal(weights(tmp_path / "two")[key], start)
+
+
+def test_learning_rates_are_those_of_the_published_run():
+    args = train.build_parser(CDDFuseSystem).parse_args([])
+    options = train.take_options(args, train.Options)
+    state = train.Run(args, CDDFuseSystem, options, CDDFuseSystem.Options(), torch.device("cpu"), patches=80)
+    seen = {}
+    for epoch in range(state.epochs):
+        stage, _ = state.stage_of(epoch)
+        state.set_learning_rates(stage)
+        seen[epoch] = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+        for name in stage.networks:
+            state.epochs_trained[name] += 1
+    assert len(seen) == 120
+    # Simulated from the published code: epochs 0, 19, 20, 39, 40, 59, ... of encoder and fusion layers.
+    encoder = {
+        0: 1e-4,
+        19: 1e-4,
+        20: 5e-5,
+        39: 5e-5,
+        40: 2.5e-5,
+        60: 1.25e-5,
+        80: 6.25e-6,
+        100: 3.125e-6,
+        119: 3.125e-6,
+    }
+    fusion = {40: 1e-4, 59: 1e-4, 60: 5e-5, 80: 2.5e-5, 100: 1.25e-5, 119: 1.25e-5}
+    for epoch, rate in encoder.items():
+        assert seen[epoch]["encoder"] == seen[epoch]["decoder"] == pytest.approx(rate)
+    for epoch, rate in fusion.items():
+        assert seen[epoch]["base_fusion"] == seen[epoch]["detail_fusion"] == pytest.approx(rate)
+
+
+def test_cosine_schedule_warms_up_and_ends_at_the_floor():
+    args = train.build_parser(CDDFuseSystem).parse_args(
+        "--schedule cosine --warmup-steps 4 --learning-rate 1e-3 --epoch-batches 10".split()
+        + "--stage1-epochs 1 --stage2-epochs 1".split()
+    )
+    options, system_options = train.take_options(args, train.Options), train.take_options(args, CDDFuseSystem.Options)
+    state = train.Run(args, CDDFuseSystem, options, system_options, torch.device("cpu"), patches=80)
+
+    def rate(step):
+        state.step = step
+        state.set_learning_rates(state.stages[0])
+        return state.optimizer.param_groups[0]["lr"]
+
+    assert rate(0) == pytest.approx(0.25e-3)
+    assert rate(10) == pytest.approx(0.5e-3)
+    assert rate(20) == pytest.approx(1e-6)
+
+
+def test_each_network_is_clipped_alone(patch_file, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.Adam.step
+
+    def watched(self, *args):
+        for group in self.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    run(patch_file, tmp_path / "run")
+    assert len(norms) == 2 * 2 + 2 * 4  # two steps of two networks, two of four
+    assert norms == pytest.approx([0.01] * 12, rel=1e-3)
+
+
+def test_medical_run_says_so_in_its_weights(patch_file, tmp_path):
+    run(patch_file, tmp_path / "run", "--task", "mif")
+    about = read_file(tmp_path / "run/CDDFuse_MIF.pth")["about"]
+    assert about["task"] == "mif" and about["system"] == "cddfuse" and about["epochs"] == 2 and about["steps"] == 4
+
+
+def test_init_starts_from_given_weights(patch_file, tmp_path):
+    run(patch_file, tmp_path / "a", epochs=(1, 0))
+    given = tmp_path / "a/CDDFuse_IVF.pth"
+    run(patch_file, tmp_path / "b", "--init", str(given), "--learning-rate", "1e-9", "--min-lr", "0", epochs=(1, 0))
+    for key, value in weights(tmp_path / "a").items():
+        torch.testing.assert_close(weights(tmp_path / "b")[key], value, rtol=0, atol=1e-7)  # two steps of 1e-9
+
+
+def test_bfloat16_trains(patch_file, tmp_path):
+    assert run(patch_file, tmp_path / "run", "--precision", "bfloat16") == 0
+
+
+def test_non_finite_loss_stops_before_the_step(patch_file, tmp_path, monkeypatch, capsys):
+    assert run(patch_file, tmp_path / "run", epochs=(2, 1)) == 0
+    stages = CDDFuseSystem.stages
+
+    def broken(self, options, task):
+        first, *rest = stages(self, options, task)
+        nan = lambda batch: {"total": first.losses(batch)["total"] * float("nan")}  # noqa: E731
+        return [Stage(first.name, first.epochs, first.networks, nan), *rest]
+
+    stepped = []
+    monkeypatch.setattr(CDDFuseSystem, "stages", broken)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: stepped.append(1))
+    assert run(patch_file, tmp_path / "other", epochs=(2, 1)) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not stepped and not list((tmp_path / "other").glob("*.pth"))
+
+
+def error_of(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be positive"),
+        (["--learning-rate", "-1", "--crop", "-2"], "--crop must not be negative"),
+        (["--schedule", "linear"], "step, cosine"),
+        (["--precision", "float8"], "float32, bfloat16"),
+        (["--ssim-form", "old"], "published, standard"),
+        (["--crop", "99"], "larger than the patches"),
+        (["--device", "quantum"], "try --device cpu"),
+        (["--resume", "none.pt"], "no weights at none.pt"),
+        (["--init", "none.pth"], "no weights at none.pth"),
+        (["--stage1-epochs", "0", "--stage2-epochs", "0"], "both 0"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(patch_file, tmp_path, capsys, options, message):
+    assert run(patch_file, tmp_path / "run", *options) == 2
+    assert message in error_of(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_is_not_overwritten_and_changed_options_are_named(patch_file, tmp_path, capsys):
+    run(patch_file, tmp_path / "run")
+    before = (tmp_path / "run/last.pt").read_bytes()
+    capsys.readouterr()
+    assert run(patch_file, tmp_path / "run") == 2
+    assert "--resume auto" in error_of(capsys)
+    assert run(patch_file, tmp_path / "run", "--resume", "auto", "--seed", "3", epochs=(1, 2)) == 2
+    error = error_of(capsys)
+    assert "seed 0 -> 3" in error and "stage2_epochs 1 -> 2" in error
+    save_file(tmp_path / "run/other.pt", {"epoch": 1})
+    assert run(patch_file, tmp_path / "run", "--resume", str(tmp_path / "run/other.pt")) == 2
+    assert "not a file to resume from" in error_of(capsys)
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_resume_of_a_finished_run_does_nothing(patch_file, tmp_path):
+    run(patch_file, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0
+    assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "run").items())
+
+
+def test_every_system_has_the_verbs():
+    for name in SYSTEMS:
+        system = find_system(name)
+        for verb in (
+            "fuse",
+            "stages",
+            "load_published",
+            "save",
+            "default_skip",
+            "label",
+            "skips",
+            "smallest_side",
+            "Options",
+        ):
+            assert hasattr(system, verb), f"{name} has no {verb}"

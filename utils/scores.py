@@ -1,0 +1,80 @@
+"""Per-image scores -> means, the published table, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import whole_file
+
+# The columns of the published tables, in their order.
+COLUMNS = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM")
+SEPARATOR = "=" * 80
+
+
+@dataclass(frozen=True)
+class ScoreSheet:
+    """The scores of one method on one set: image name -> metric -> value, NaN where a metric has none."""
+
+    label: str
+    images: Mapping[str, Mapping[str, float]]
+
+    def mean(self) -> dict[str, float]:
+        """Mean of each metric over the images that have a value; NaN when none has."""
+        return {metric: _mean(self._values(metric)) for metric in self._metrics()}
+
+    def excluded(self) -> dict[str, int]:
+        """Number of images without a value, for each metric that has such images."""
+        missing = {metric: len(self.images) - len(self._values(metric)) for metric in self._metrics()}
+        return {metric: count for metric, count in missing.items() if count}
+
+    def write(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Writes metrics.csv (one row an image) and metrics.json (`facts` and the unrounded means)."""
+        with whole_file(folder / "metrics.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", *self._metrics()])
+            writer.writerows([name, *scores.values()] for name, scores in self.images.items())
+        # JSON has no NaN: a metric without a value is null.
+        mean = {metric: None if math.isnan(value) else value for metric, value in self.mean().items()}
+        content = {"mean": mean, "excluded": self.excluded(), "pairs": len(self.images), **facts}
+        with whole_file(folder / "metrics.json") as path:
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _metrics(self) -> list[str]:
+        return list(next(iter(self.images.values()), {}))
+
+    def _values(self, metric: str) -> list[float]:
+        return [scores[metric] for scores in self.images.values() if not math.isnan(scores[metric])]
+
+
+def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str] = COLUMNS) -> str:
+    """The table in the layout of the published test scripts: values rounded to two decimals, tabs between."""
+    # Published: the first four names stand one space from their tab, the others do not.
+    header = "\t" + "".join(f"\t {name}" if i < 4 else f"\t{name}" for i, name in enumerate(columns))
+    lines = ["", "", SEPARATOR, f"The test result of {title} :", header]
+    for sheet in sheets:
+        mean = sheet.mean()
+        lines.append(sheet.label + "".join(f"\t{round(mean[name], 2)}" for name in columns))
+    return "\n".join([*lines, SEPARATOR])
+
+
+def format_excluded(sheets: Sequence[ScoreSheet], columns: Sequence[str] = COLUMNS) -> list[str]:
+    """A line for each row whose means leave images out."""
+    lines = []
+    for sheet in sheets:
+        counts = {metric: count for metric, count in sheet.excluded().items() if metric in columns}
+        if counts:
+            named = ", ".join(f"{metric} of {count}" for metric, count in counts.items())
+            lines.append(
+                f"{sheet.label.strip()}: no value for {named} of {len(sheet.images)} images; left out of the mean"
+            )
+    return lines
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

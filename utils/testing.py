@@ -1,0 +1,213 @@
+"""What test_IVF.py and test_MIF.py share: sets of pairs -> fused files, scores of the files, the table.
+
+A set is a folder with two sub-folders of equally named images. The scripts differ in the sets and weights they
+take by default, and in how a row is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils import EXIT_BAD_INPUT, ROOT, InputError, git_commit
+from utils.images import MODALITIES, PairList, find_modalities, list_pairs, read_grey, to_uint8, write_grey
+from utils.inference import PRECISIONS, fuse_arrays, pick_device
+from utils.metrics import PROTOCOLS, score
+from utils.scores import ScoreSheet, format_excluded, format_table
+from zoo import SYSTEMS, find_system
+
+DATA_VARIABLE = "FUSION_DATA"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The defaults of one test script."""
+
+    task: str  # "ivf" or "mif"
+    sets: tuple[str, ...]  # folder names of the published benchmark
+    samples: tuple[str, ...]  # bundled sets, shown where the published ones are absent
+    weights: tuple[str, ...]  # file names in models/
+    row_label: Callable[[str, str], str]  # (label of the system, stem of the weights) -> row label as published
+
+
+@dataclass(frozen=True)
+class TestSet:
+    name: str
+    vis_folder: Path
+    ir_folder: Path
+    found: PairList
+
+
+@dataclass(frozen=True)
+class Method:
+    """A system with weights, ready to run on a task."""
+
+    model: Any
+    weights: Path
+    label: str
+    skip: str
+    sha256: str
+
+
+def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
+    sets, weights = " ".join(benchmark.sets), " ".join(f"models/{name}" for name in benchmark.weights)
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of sets, or one set: a folder with vi/ and ir/, or MRI/ and CT/, PET/ or SPECT/ "
+        f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)",
+    )
+    add("--sets", nargs="+", metavar="NAME", help=f"sub-folders of --data to run (default: {sets})")
+    add("--weights", type=Path, nargs="+", metavar="FILE", help=f"default: {weights}")
+    add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
+    add("--skip", help="what the decoder is given; default: what the weights were trained with")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="paper",
+        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: paper)",
+    )
+    add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
+    add("--no-stretch", action="store_true", help="do not stretch each fused image to the full range")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--system", choices=SYSTEMS, default="cddfuse", help="default: cddfuse")
+    add("--debug", action="store_true", help="show tracebacks")  # fmt: skip
+
+
+def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
+    """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
+    system = find_system(args.system)
+    device = pick_device(args.device)
+    # Everything that can be wrong is looked at before the first image is fused.
+    test_sets = find_sets(args, benchmark)
+    paths = args.weights or [ROOT / "models" / name for name in benchmark.weights]
+    methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
+    stems = [method.weights.stem for method in methods]
+    if len(set(stems)) < len(stems):
+        raise InputError(f"--weights names two files called {stems[0]}; their results would share a folder: rename one")
+
+    failed = 0
+    for test_set in test_sets:
+        if test_set.found.unmatched():
+            print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
+        sheets: list[ScoreSheet] = []
+        for method in methods:
+            folder = args.out / method.weights.stem / test_set.name
+            started = time.perf_counter()
+            sheet = fuse_set(method, test_set, folder, args)
+            failed += len(test_set.found.pairs) - len(sheet.images)
+            facts = {
+                "set": test_set.name, "system": method.model.label, "weights": str(method.weights),
+                "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
+                "stretch": not args.no_stretch, "device": str(device), "precision": args.precision,
+                "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
+                "numpy": np.__version__, "commit": git_commit(),
+            }  # fmt: skip
+            sheet.write(folder, facts)
+            sheets.append(sheet)
+        if args.baselines:
+            sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
+        print(format_table(test_set.name, sheets))
+        for line in format_excluded(sheets):
+            print(line)
+        used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
+        print(f"protocol {args.protocol}, {len(sheets[0].images)} pairs, weights {used}, {device} {args.precision}")
+    print(f"fused images, metrics.csv and metrics.json: {args.out}/{{{','.join(stems)}}}/<set>/")
+    return EXIT_BAD_INPUT if failed else 0
+
+
+def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
+    """The sets to run. Sets that were asked for must exist; absent default sets give way to the bundled ones."""
+    given = os.environ.get(DATA_VARIABLE)
+    root = args.data or (Path(given) / "test_img" if given else ROOT / "test_img")
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}; name one with --data")
+    if not args.sets and any((root / vis).is_dir() and (root / ir).is_dir() for vis, ir in MODALITIES):
+        return [open_set(root)]
+    if args.sets:
+        return [open_set(root / name) for name in args.sets]
+    present = [name for name in benchmark.sets if (root / name).is_dir()]
+    if not present and args.data:
+        raise FileNotFoundError(f"{root} holds none of {', '.join(benchmark.sets)}; name its folders with --sets")
+    absent = ", ".join(name for name in benchmark.sets if name not in present)
+    if absent:
+        shown = "" if present else "; the bundled samples are shown instead"
+        print(f"benchmark sets not found: {absent}. Put them at {root}/<set>/<modality>/ (README, Data){shown}")
+    if not present:
+        return [open_set(ROOT / "test_img" / name) for name in benchmark.samples]
+    return [open_set(root / name) for name in present]
+
+
+def open_set(folder: Path) -> TestSet:
+    vis, ir = find_modalities(folder)
+    return TestSet(folder.resolve().name, vis, ir, list_pairs(vis, ir))
+
+
+def load_method(path: Path, system: type, device: torch.device, skip: str | None, benchmark: Benchmark) -> Method:
+    model = system().to(device).eval()
+    about = model.load_published(path)
+    # Published files say nothing about themselves; their names do.
+    trained_for = about.get("task") or ("mif" if "MIF" in path.stem.upper() else "ivf")
+    skip = skip or model.default_skip(trained_for, benchmark.task)
+    if skip not in model.skips:
+        raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Method(model, path, benchmark.row_label(model.label, path.stem), skip, sha256)
+
+
+def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
+    """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out."""
+    images: dict[str, dict[str, float]] = {}
+    description = f"{test_set.name}, {method.weights.stem}"
+    for pair in tqdm(test_set.found.pairs, desc=description, unit="pair", disable=None):
+        try:
+            vis, ir = pair.read()
+            fused = fuse_arrays(
+                method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision
+            )
+            path = folder / f"{pair.name}.png"
+            write_grey(path, fused)
+            images[pair.name] = score(read_grey(path), ir, vis, args.protocol)
+        except ValueError as error:
+            if args.debug:
+                raise
+            tqdm.write(f"warning: {test_set.name}/{pair.name}: {error}; left out", file=sys.stderr)
+    if not images:
+        raise InputError(f"no pair of {test_set.name} could be fused and scored; see the warnings above")
+    return ScoreSheet(method.label, images)
+
+
+def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:
+    """Scores of the sources and their average taken for fused images: what a method must beat."""
+    makers: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+        f"{test_set.vis_folder.name} only": lambda vis, ir: vis,
+        f"{test_set.ir_folder.name} only": lambda vis, ir: ir,
+        "average": lambda vis, ir: (vis + ir) / 2,
+    }
+    sheets: dict[str, dict[str, dict[str, float]]] = {name: {} for name in makers}
+    for pair in tqdm(test_set.found.pairs, desc=f"{test_set.name}, baselines", unit="pair", disable=None):
+        try:
+            vis, ir = pair.read()
+            scores = {
+                name: score(to_uint8(make(vis, ir)).astype(np.float32), ir, vis, protocol)
+                for name, make in makers.items()
+            }
+        except ValueError:
+            continue  # fuse_set has named it
+        for name in makers:
+            sheets[name][pair.name] = scores[name]
+    return [ScoreSheet(name.ljust(width), images) for name, images in sheets.items()]
