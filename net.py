@@ -18,7 +18,9 @@ attention product below a plain matrix product over pixels, without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ __all__ = [
     "Features",
     "Restormer_Decoder",
     "Restormer_Encoder",
+    "strips",
 ]
 
 SMALLEST_SIDE = 2  # the detail branch pads by reflection, which needs a neighbour to reflect
@@ -44,6 +47,48 @@ class Features(NamedTuple):
     base: Tensor
     detail: Tensor
     shallow: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Strips: the same result from pieces that fit into a processor's cache
+# ---------------------------------------------------------------------------------------------------------
+
+_strip_pixels: ContextVar[int] = ContextVar("strip_pixels", default=0)
+
+
+@contextlib.contextmanager
+def strips(pixels: int) -> Iterator[None]:
+    """Within this context images are worked on in strips of whole rows of about so many pixels.
+
+    The result is that of the whole image up to rounding: convolutions see the rows beside their strip, and
+    attention gathers its sums over all strips before it is applied. It takes less memory, and on a CPU less
+    time, where a strip stays in the cache and a whole image does not. 0 means no strips. For inference.
+    """
+    token = _strip_pixels.set(pixels)
+    try:
+        yield
+    finally:
+        _strip_pixels.reset(token)
+
+
+def _row_ranges(x: Tensor) -> list[tuple[int, int]]:
+    batch, _, height, width = x.shape
+    rows = max(1, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
+    return [(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def _in_strips(function: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Iterator[Tensor]:
+    """function(x) in pieces along H, for a function of which a row depends on at most `halo` rows beside it."""
+    for top, bottom in _row_ranges(x):
+        first = max(top - halo, 0)
+        piece = function(x[:, :, first : bottom + halo])
+        # Rows near an inner edge have seen padding in place of their neighbours; they belong to another piece.
+        yield piece[:, :, top - first : bottom - first]
+
+
+def _strip_by_strip(function: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Tensor:
+    pieces = list(_in_strips(function, x, halo))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -91,26 +136,33 @@ def attention_map(products: Tensor, squares: Tensor, temperature: Tensor) -> Ten
     return torch.softmax(cosines * temperature, dim=-1)
 
 
-def attend(qkv: Tensor, temperature: Tensor, projection: Tensor) -> Tensor:
+def attend(make_qkv: Callable[[Tensor], Tensor], x: Tensor, temperature: Tensor, projection: Tensor) -> Tensor:
     """Channel attention followed by its output projection, as one matrix product a pixel.
 
     Args:
-        qkv: queries, keys, values stacked along channels, (B, 3C, H, W).
+        make_qkv: x -> queries, keys, values stacked along channels, (B, 3C, H, W); a row of the result may
+            depend on one row beside it.
+        x: (B, C, H, W).
         temperature: (G, 1, 1).
         projection: weight of the bias-free 1x1 output convolution, (C, C, 1, 1).
 
     Returns:
         (B, C, H, W).
     """
-    batch, channels, height, width = qkv.shape
-    pixels = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, channels)  # a view in channels-last
-    qk, v = pixels.split([2 * channels // 3, channels // 3], dim=2)
-    attention = attention_map(*attention_sums(qk), temperature)  # (B, G, d, d)
+    values, sums = [], []
+    for qkv in _in_strips(make_qkv, x, halo=1):
+        channels = qkv.shape[1] // 3
+        # Pixels first: (B, h * W, 3C), a view in channels-last.
+        qk, v = qkv.permute(0, 2, 3, 1).flatten(1, 2).split([2 * channels, channels], dim=2)
+        sums.append(attention_sums(qk))
+        values.append(v.contiguous() if _strip_pixels.get() else v)  # a view would keep q and k in memory
+    attention = attention_map(*map(sum, zip(*sums, strict=True)), temperature)  # (B, G, d, d)
     # project(attention @ v) = (project . attention) @ v: the two maps become one C x C matrix an image.
     rows = projection.flatten(1).unflatten(1, attention.shape[1:3]).to(attention.dtype)  # (C, G, d)
     matrix = torch.einsum("ogi,bgij->bgjo", rows, attention).flatten(1, 2)  # (B, C in, C out)
-    out = v @ matrix.to(v.dtype)  # (B, H*W, C)
-    return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    out = [v @ matrix.to(v.dtype) for v in values]  # each (B, h * W, C)
+    whole = out[0] if len(out) == 1 else torch.cat(out, dim=1)
+    return whole.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -156,7 +208,7 @@ class DepthwiseAttention(nn.Module):
         self.project_out = conv1x1(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return attend(self.qkv_dwconv(self.qkv(x)), self.temperature, self.project_out.weight)
+        return attend(lambda x: self.qkv_dwconv(self.qkv(x)), x, self.temperature, self.project_out.weight)
 
 
 class FullAttention(nn.Module):
@@ -173,7 +225,8 @@ class FullAttention(nn.Module):
         # Nothing stands between the two convolutions, so they are one 3x3 convolution from C to 3C: a third
         # of the work, the same function and, through this product, the same gradient.
         weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight, self.qkv1.weight.flatten(1))
-        return attend(F.conv2d(x, _channels_last(weight), padding=1), self.scale, self.proj.weight)
+        weight = _channels_last(weight)
+        return attend(lambda x: F.conv2d(x, weight, padding=1), x, self.scale, self.proj.weight)
 
 
 class GatedFeedForward(nn.Module):
@@ -203,7 +256,7 @@ class RestormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.ffn(self.norm2(x))
+        return _strip_by_strip(lambda x: x + self.ffn(self.norm2(x)), x, halo=1)
 
 
 class BaseFeatureExtraction(nn.Module):
@@ -224,7 +277,7 @@ class BaseFeatureExtraction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = _channels_last(x)
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return _strip_by_strip(lambda x: x + self.mlp(self.norm2(x)), x, halo=1)
 
 
 class Bottleneck(nn.Module):
@@ -258,6 +311,9 @@ class DetailNode(nn.Module):
         self.shffleconv = nn.Conv2d(dim, dim, 1)  # the spelling is file format
 
     def forward(self, x: Tensor) -> Tensor:
+        return _strip_by_strip(self.couple, x, halo=2)  # two 3x3 convolutions, one after the other
+
+    def couple(self, x: Tensor) -> Tensor:
         first, second = self.shffleconv(x).chunk(2, dim=1)
         first, second = _channels_last(first), _channels_last(second)  # once here, not in each bottleneck
         second = second + self.theta_phi(first)
@@ -348,7 +404,7 @@ class Restormer_Decoder(nn.Module):
 
     def forward(self, inp_img: Tensor | None, base_feature: Tensor, detail_feature: Tensor) -> tuple[Tensor, Tensor]:
         reduced = self.reduce_channel(torch.cat([_channels_last(base_feature), _channels_last(detail_feature)], dim=1))
-        residual = _at_least_float32(self.output(self.encoder_level2(reduced)))
+        residual = _at_least_float32(_strip_by_strip(self.output, self.encoder_level2(reduced), halo=2))
         return torch.sigmoid(residual if inp_img is None else residual + inp_img), reduced
 
 

@@ -69,9 +69,10 @@ def made_images(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndar
 
 # --- goldens of the published evaluator --------------------------------------------------------------------
 
-# Printed by the evaluator published with CDDFuse for `formula_images`: numpy 1.21.5, scipy 1.7.3, scikit-image
-# 0.19.2, scikit-learn 1.1.3. Tolerances are relative: 1e-9 where it computes in float64; 2e-6 where it sums
-# in float32 and prints nine digits of that. SSIM is its value with the map in float64 (scikit-image 0.18).
+# Printed by the evaluator published with CDDFuse for `formula_images`: numpy 1.21.5, scipy 1.7.3,
+# scikit-image 0.19.2, scikit-learn 1.1.3. Tolerances are relative: 1e-9 where it computes in float64; 2e-6
+# where it sums in float32 and prints nine digits of that. SSIM is its value with the map in float64
+# (scikit-image 0.18).
 PAPER_GOLDENS = {
     "EN": (7.457890150928, 1e-9),
     "SD": (44.1172447, 2e-6),
@@ -472,7 +473,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_images_give_the_documented_value(case):
     images, want = DEGENERATE[case]
-    # 1e-9: v(A, A) misses 1 by about 1e-11, because the definition keeps the unexplained variance above 1e-10.
+    # v(A, A) misses 1 by about 1e-11, because the definition keeps the unexplained variance above 1e-10.
     assert score(*images, metrics=want) == pytest.approx(want, rel=1e-9, abs=1e-9, nan_ok=True)
 
 

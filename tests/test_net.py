@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,21 @@ def test_attend_equals_attention_written_out():
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     attended = torch.softmax(q @ k.transpose(-2, -1) * temperature, dim=-1) @ v
     wanted = torch.nn.functional.conv2d(attended.reshape(2, 16, 5, 7), projection)
-    torch.testing.assert_close(net.attend(qkv, temperature, projection), wanted, rtol=0, atol=1e-12)
+    got = net.attend(lambda x: x, qkv, temperature, projection)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(2, 9), (13, 7), (24, 31)])
+@pytest.mark.parametrize("pixels", [1, 60, 200, 10_000])
+def test_strips_of_any_height_give_the_result_of_the_whole_image(model, size, pixels):
+    vis = torch.cat([formula_image(0, *size), formula_image(2, *size)])
+    ir = torch.cat([formula_image(1, *size), formula_image(3, *size)])
+    with torch.no_grad():
+        wanted = model.fuse(vis, ir, "sum")
+        with net.strips(pixels):
+            got = model.fuse(vis, ir, "sum")
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)  # float32; sums are ordered differently
+        torch.testing.assert_close(model.fuse(vis, ir, "sum"), wanted, rtol=0, atol=0)  # the context has ended
 
 
 def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
@@ -171,7 +186,7 @@ def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
     x = torch.randn(1, 16, 6, 7, dtype=torch.float64)
     weights = list(attention.parameters())
     got = torch.autograd.grad(attention(x).square().sum(), weights)
-    plain = net.attend(attention.qkv2(attention.qkv1(x)), attention.scale, attention.proj.weight)
+    plain = net.attend(lambda x: attention.qkv2(attention.qkv1(x)), x, attention.scale, attention.proj.weight)
     for a, b in zip(got, torch.autograd.grad(plain.square().sum(), weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -212,7 +227,7 @@ def test_file_stands_alone():
     tree = ast.parse(Path(net.__file__).read_text())
     modules = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     modules |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert modules <= {"__future__", "collections", "typing", "torch", "einops"}
+    assert modules - sys.stdlib_module_names <= {"torch", "einops"}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import net
 from utils import InputError
+
+# A processor's cache holds the feature maps of about so many pixels; a GPU is kept busier by whole images.
+CPU_STRIP_PIXELS = 16384
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,6 +76,7 @@ def fuse_arrays(
     if min(vis.shape) < model.smallest_side:
         raise InputError(f"{model.label} needs sides of at least {model.smallest_side} pixels, got {vis.shape}")
     device = next(model.parameters()).device
-    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+    strips = net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0)
+    with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
     return to_grey(stretch(fused) if normalise else fused)

@@ -594,20 +594,13 @@ class _Images:
         return np.array([image.mean(dtype=np.float64) for image in self.grey])
 
     @cached_property
-    def centred(self) -> np.ndarray:
-        """All images minus their means: (n, H, W) float64."""
-        centred = np.empty((len(self.grey), *self.shape))
-        for plane, image, mean in zip(centred, self.grey, self.means, strict=True):
-            np.subtract(image, mean, out=plane, dtype=np.float64)
-        return centred
-
-    @cached_property
     def moments(self) -> _Moments:
-        planes = self.centred.reshape(len(self.grey), -1)
+        planes = self.planes.reshape(len(self.grey), -1)
         variances, with_fused, with_difference = (np.zeros(n) for n in (2 * len(planes) - 1, 2, 2))
         # Runs of pixels that stay in the cache, and for which BLAS does not start threads.
         for start in range(0, planes.shape[1], 8192):
-            run = planes[:, start : start + 8192]
+            run = planes[:, start : start + 8192].astype(np.float64)
+            run -= self.means[:, None]
             rows = [*run, *(run[0] - run[1:])]
             variances += [row @ row for row in rows]
             if len(rows) > 1:
@@ -740,13 +733,12 @@ _VIF_NOISE = 2.0  # variance of the observer's noise, in grey levels squared
 
 def _vif(images: _Images, rules: _Rules) -> float:
     kept, total = np.zeros(2), np.zeros(2)  # information in F about A and B; information in A and B
-    # Variances do not depend on the mean, and lose fewer digits without it; a constant image becomes all 0.
-    planes = images.centred
+    planes, means = images.planes, images.means[:, None, None]
     for side in (17, 9, 5, 3):
         taps = _gaussian(side, sigma=side / 5)
         if side < 17:
-            planes = _halve(planes, taps)
-        for variances, covariances in _local_statistics(planes, taps):
+            planes, means = _halve(planes, means, taps), np.zeros_like(means)
+        for variances, covariances in _local_statistics(planes, means, taps):
             fused, sources = variances[0], variances[1:]
             # The published order of exceptions comes to this: no gain where it would be negative or where
             # either variance is tiny, and no information in a source of tiny variance.
@@ -780,28 +772,31 @@ def _sums_of_logs(factors: np.ndarray) -> np.ndarray:
     return np.log(np.multiply.reduce(factors, axis=1)).sum(axis=1)
 
 
-def _local_statistics(planes: np.ndarray, taps: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _local_statistics(
+    planes: np.ndarray, means: np.ndarray, taps: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Weighted variances of F, A, B, (3, h, w), and covariances of F with A, B, (2, h, w), in strips of rows.
 
-    The weights are the outer product of `taps` with itself, over pixels with a whole window. By rounding a
-    variance can come out below 0.
+    The weights are the outer product of `taps` with itself, over pixels with a whole window. Variances do not
+    depend on `means`, (3, 1, 1), but lose fewer digits without them: a constant image becomes all 0. Still, by
+    rounding a variance can come out below 0.
     """
     _, height, width = planes.shape
     overlap = len(taps) - 1
-    products = np.empty((5, _VIF_ROWS + overlap, width))
+    rows = np.empty((8, _VIF_ROWS + overlap, width))  # F, A, B, FF, AA, BB, FA, FB
     for top in range(0, height - overlap, _VIF_ROWS):
         strip = planes[:, top : top + _VIF_ROWS + overlap]
-        rows = products[:, : strip.shape[1]]
-        np.multiply(strip, strip, out=rows[:3])
-        np.multiply(strip[0], strip[1:], out=rows[3:])
-        tall = np.empty((8, strip.shape[1] - overlap, width))
-        _filter_columns(strip, taps, out=tall[:3])
-        _filter_columns(rows, taps, out=tall[3:])
-        averages = _filter_rows(tall, taps)
-        means, variances, covariances = averages[:3], averages[3:6], averages[6:]
-        covariances -= means[0] * means[1:]
-        means *= means
-        variances -= means
+        products = rows[:, : strip.shape[1]]
+        centred = products[:3]
+        centred[:] = strip
+        centred -= means
+        np.multiply(centred, centred, out=products[3:6])
+        np.multiply(centred[0], centred[1:], out=products[6:])
+        averages = _filter_rows(_filter_columns(products, taps), taps)
+        local_means, variances, covariances = averages[:3], averages[3:6], averages[6:]
+        covariances -= local_means[0] * local_means[1:]
+        local_means *= local_means
+        variances -= local_means
         yield variances, covariances
 
 
@@ -822,18 +817,21 @@ def _band(taps: np.ndarray, outputs: int, step: int) -> np.ndarray:
     return band
 
 
-def _filter_columns(planes: np.ndarray, taps: np.ndarray, out: np.ndarray, step: int = 1) -> None:
+def _filter_columns(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
     """Whole windows along the columns, every step-th: (n, H, W) -> (n, (H - len(taps)) // step + 1, W)."""
+    count, height, width = planes.shape
+    out = np.empty((count, (height - len(taps)) // step + 1, width))
     block = _VIF_BLOCK // step
     band = _band(taps, block, step)
-    width, piece = planes.shape[2], 2**18 // band.size
+    # Pieces of at most 2^18 products: above that BLAS starts threads, which cost more than they gain.
+    piece = 2**18 // band.size
     for top in range(0, out.shape[1], block):
         target = out[:, top : top + block]
         reach = (target.shape[1] - 1) * step + len(taps)
-        # Pieces of at most 2^18 products: above that BLAS starts threads, which cost more than they gain.
         for left in range(0, width, piece):
             source = planes[:, top * step : top * step + reach, left : left + piece]
             np.matmul(band[: target.shape[1], :reach], source, out=target[:, :, left : left + piece])
+    return out
 
 
 def _filter_rows(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
@@ -850,12 +848,16 @@ def _filter_rows(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndar
     return out.reshape(count, height, -1)
 
 
-def _halve(planes: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """Smooth, then keep every second row and column from 0: (n, H, W) -> (n, about H / 2, about W / 2)."""
+def _halve(planes: np.ndarray, means: np.ndarray, taps: np.ndarray) -> np.ndarray:
+    """Smooth planes - means, then keep every second row and column from 0: about (n, H / 2, W / 2)."""
     count, height, width = planes.shape
-    tall = np.empty((count, (height - len(taps)) // 2 + 1, width))
-    _filter_columns(planes, taps, out=tall, step=2)
-    return _filter_rows(tall, taps, step=2)
+    out = np.empty((count, (height - len(taps)) // 2 + 1, (width - len(taps)) // 2 + 1))
+    for top in range(0, out.shape[1], _VIF_ROWS):
+        target = out[:, top : top + _VIF_ROWS]
+        strip = planes[:, 2 * top : 2 * (top + target.shape[1] - 1) + len(taps)].astype(np.float64)
+        strip -= means
+        target[:] = _filter_rows(_filter_columns(strip, taps, step=2), taps, step=2)
+    return out
 
 
 # --- Qabf ------------------------------------------------------------------------------------------------
