@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import InputError, run_script
+from utils import EXIT_BAD_INPUT, InputError, check_writable, run_script
 from utils.images import Pair, check_same_size, find_modalities, list_pairs, read_luma
 from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 
@@ -26,11 +26,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         nargs="+",
-        default=[Path("MSRS_train")],
+        default=[],
         metavar="DIR",
         help="data sets: folders that hold ir/ and vi/, or MRI/ and one of CT/, PET/, SPECT/ (default: MSRS_train)",
     )
-    add("--vi", type=Path, nargs="+", default=[], metavar="DIR", help="visible (or MRI) folders, instead of --data")
+    add(
+        "--vi",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="visible (or MRI) folders, besides --data or instead",
+    )
     add("--ir", type=Path, nargs="+", default=[], metavar="DIR", help="infrared (or CT...) folders, one for each --vi")
     add("--patch-size", type=int, default=128, help="side of a patch in pixels (default: 128)")
     add("--stride", type=int, default=200, help="step between patches; 200 is published and leaves gaps (default: 200)")
@@ -43,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
     add("--debug", action="store_true", help="show tracebacks")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +62,9 @@ def prepare(args: argparse.Namespace) -> int:
         raise InputError(f"--patch-size {args.patch_size} must be at least 2 and --stride {args.stride} at least 1")
     folders = source_folders(args)
     out = args.out or default_out(folders, args.patch_size, args.stride)
+    if out.suffix not in (".h5", ".hdf5") or out.is_dir():
+        raise InputError(f"--out {out} must be a file whose name ends in .h5")
+    check_writable(out.parent)
 
     pairs: list[Pair] = []
     for vis_folder, ir_folder in folders:
@@ -66,7 +76,7 @@ def prepare(args: argparse.Namespace) -> int:
     kept = dropped = 0
     bad: list[str] = []
     about = {
-        "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders),
+        "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders).encode(errors="replace").decode(),
         "patch_size": args.patch_size,
         "stride": args.stride,
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
@@ -75,7 +85,7 @@ def prepare(args: argparse.Namespace) -> int:
         for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
             try:
                 vis, ir = cut_patches(pair, args.patch_size, args.stride)
-            except InputError as error:
+            except (InputError, OSError) as error:
                 bad.append(pair.name)
                 tqdm.write(f"warning: {error}; left out", file=sys.stderr)
                 continue
@@ -89,7 +99,7 @@ def prepare(args: argparse.Namespace) -> int:
                 f"try a --patch-size below {args.patch_size}. {out} was not written"
             )
     print(f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, {len(bad)} left out")
-    return 2 if bad else 0
+    return EXIT_BAD_INPUT if bad else 0
 
 
 def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
@@ -97,7 +107,9 @@ def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         raise InputError(
             f"--vi names {len(args.vi)} folders and --ir {len(args.ir)}; give as many of one as of the other"
         )
-    return list(zip(args.vi, args.ir, strict=True)) or [find_modalities(folder) for folder in args.data]
+    named = list(zip(args.vi, args.ir, strict=True))
+    data = args.data or ([] if named else [Path("MSRS_train")])
+    return [find_modalities(folder) for folder in data] + named
 
 
 def default_out(folders: list[tuple[Path, Path]], patch_size: int, stride: int) -> Path:

@@ -266,8 +266,9 @@ class BaseFeatureExtraction(nn.Module):
     attention of Lite Transformer. Its feed-forward convolves in groups of two channels, not one.
     """
 
-    def __init__(self, dim: int, num_heads: int, ffn_expansion_factor: float = 1.0) -> None:
+    def __init__(self, dim: int, num_heads: int, ffn_expansion_factor: float = 1.0, qkv_bias: bool = False) -> None:
         super().__init__()
+        _check_published(qkv_bias=(qkv_bias, False))
         hidden = int(dim * ffn_expansion_factor)
         self.norm1 = PixelNorm(dim)
         self.attn = FullAttention(dim, num_heads)
@@ -366,8 +367,11 @@ class Restormer_Encoder(nn.Module):
         num_blocks: Sequence[int] = (4, 4),
         heads: Sequence[int] = (8, 8, 8),
         ffn_expansion_factor: float = 2,
+        bias: bool = False,
+        LayerNorm_type: str = "WithBias",
     ) -> None:
         super().__init__()
+        _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
         self.patch_embed = PatchEmbedding(inp_channels, dim)
         blocks = (RestormerBlock(dim, heads[0], ffn_expansion_factor) for _ in range(num_blocks[0]))
         self.encoder_level1 = nn.Sequential(*blocks)
@@ -395,8 +399,11 @@ class Restormer_Decoder(nn.Module):
         num_blocks: Sequence[int] = (4, 4),
         heads: Sequence[int] = (8, 8, 8),
         ffn_expansion_factor: float = 2,
+        bias: bool = False,
+        LayerNorm_type: str = "WithBias",
     ) -> None:
         super().__init__()
+        _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
         self.reduce_channel = conv1x1(2 * dim, dim)
         blocks = (RestormerBlock(dim, heads[1], ffn_expansion_factor) for _ in range(num_blocks[1]))
         self.encoder_level2 = nn.Sequential(*blocks)
@@ -430,15 +437,15 @@ class CDDFuse(nn.Module):
         """(B, 1, H, W) in [0, 1] -> base, detail and shallow features, each (B, 64, H, W)."""
         return self.encoder(image)
 
-    def reconstruct(self, image: Tensor, skip: bool = True) -> Tensor:
+    def reconstruct(self, image: Tensor, with_image: bool = True) -> Tensor:
         """Encodes and decodes one image: (B, 1, H, W) in [0, 1] -> the same shape and range.
 
         Args:
             image: the image.
-            skip: whether the decoder is given the image itself, as the published training does.
+            with_image: whether the decoder is given the image itself, as the published training does.
         """
         base, detail, _ = self.encoder(image)
-        return self.decoder(image if skip else None, base, detail)[0]
+        return self.decoder(image if with_image else None, base, detail)[0]
 
     def fuse(self, vis: Tensor, ir: Tensor, skip: str = "vis") -> Tensor:
         """Fuses two aligned images of one size: (B, 1, H, W) in [0, 1] each -> the same shape and range.
@@ -467,6 +474,13 @@ class CDDFuse(nn.Module):
         base = self.base_fusion(torch.add(*base.chunk(2)))
         detail = self.detail_fusion(torch.add(*detail.chunk(2)))
         return self.decoder(image, base, detail)[0]
+
+
+def _check_published(**arguments: tuple[object, object]) -> None:
+    """Refuses arguments that the published classes take but no published network uses: name=(given, published)."""
+    for name, (given, published) in arguments.items():
+        if given != published:
+            raise ValueError(f"{name} must be {published!r}, as in every published network, got {given!r}")
 
 
 def _check_size(x: Tensor) -> None:

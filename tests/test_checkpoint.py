@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -85,13 +86,27 @@ def test_failed_saving_keeps_the_old_file(model, tmp_path, monkeypatch):
 
     def full_disk(*args, **kwargs):
         Path(args[1]).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says to a file size limit and to a full disk
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="is the disk full"):
         save_checkpoint(tmp_path / "weights.pth", model)
     assert (tmp_path / "weights.pth").read_bytes() == before
     assert os.listdir(tmp_path) == ["weights.pth"]  # no half file is left behind
+
+
+def old_format(content: dict) -> bytes:
+    """As torch saved before 1.6."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def test_old_file_format_loads(model, tmp_path):
+    (tmp_path / "old.pth").write_bytes(old_format(published(model)))
+    other = net.CDDFuse()
+    load_checkpoint(tmp_path / "old.pth", other)
+    assert_same(model, other)
 
 
 class Hostile:
@@ -117,13 +132,21 @@ def bad_files(folder: Path, model: net.CDDFuse) -> dict[str, tuple[Path, str]]:
     whole = saved(content, folder).read_bytes()
     add("empty", "is empty", b"")
     add("truncated", "truncated or damaged", whole[: len(whole) // 2])
+    middle = len(whole) // 2
+    add("flipped_bit", "truncated or damaged", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    add("old_format", "truncated or damaged", old_format(content)[:300])
     add("pointer", "git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4805887\n")
     add("text", "not a PyTorch checkpoint", b"<html>404 not found</html>")
     add("tensor", "holds a Tensor", torch.zeros(3))
     add("hostile", "could run code", {"DIDF_Encoder": Hostile()})
     add("other_network", "another network", {"generator": {}, "discriminator": {}})
     add("fewer_networks", "another network", {k: v for k, v in content.items() if k != "BaseFuseLayer"})
-    add("not_tensors", "not a dict of tensors", {**content, "BaseFuseLayer": {"a": 1}})
+    add("twice", "another network", {**content, "CDDF_Encoder": content["DIDF_Encoder"]})
+    add("to_resume", "to resume a training from", {"model": {}, "optimizer": {}})
+    whole_numbers = {key: value.int() for key, value in content["BaseFuseLayer"].items()}
+    add("not_real", "not a dict of real tensors", {**content, "BaseFuseLayer": whole_numbers})
+    add("not_text", "not a dict of real tensors", {**content, "BaseFuseLayer": {1: torch.zeros(1)}})
+    add("not_tensors", "not a dict of real tensors", {**content, "BaseFuseLayer": {"a": 1}})
     fewer = {k: v for k, v in content["DIDF_Decoder"].items() if "output.2" not in k}
     add("missing_key", r"1 keys are missing \(output.2.weight\)", {**content, "DIDF_Decoder": fewer})
     more = {**content["DIDF_Decoder"], "module.extra.bias": torch.zeros(1)}
@@ -134,8 +157,8 @@ def bad_files(folder: Path, model: net.CDDFuse) -> dict[str, tuple[Path, str]]:
 
 
 KINDS = (
-    "empty truncated pointer text tensor hostile other_network fewer_networks not_tensors missing_key foreign_key "
-    "wrong_shape"
+    "empty truncated flipped_bit old_format pointer text tensor hostile other_network fewer_networks twice to_resume "
+    "not_real not_text not_tensors missing_key foreign_key wrong_shape"
 ).split()
 
 
@@ -161,6 +184,15 @@ def test_bad_file_test_covers_every_kind(model, tmp_path):
 def test_missing_file_is_named_with_the_next_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="python train.py"):
         read_file(tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match="but a folder"):
+        read_file(tmp_path)
+
+
+def test_saving_through_a_link_keeps_the_link(model, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "weights.pth").symlink_to(tmp_path / "disk" / "weights.pth")
+    save_checkpoint(tmp_path / "weights.pth", model)
+    assert (tmp_path / "weights.pth").is_symlink() and (tmp_path / "disk" / "weights.pth").is_file()
 
 
 def test_published_style_file_at_hand_loads(fusion_data):

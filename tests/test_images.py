@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import cv2
@@ -76,13 +77,21 @@ def test_exif_orientation_is_applied(tmp_path):
     assert read_grey(path).shape == (32, 16)
 
 
-@pytest.mark.parametrize("name", ["with space.png", "größe-图像.png", "a.b.c.png"])
+@pytest.mark.parametrize("name", ["with space.png", "größe-图像.png", "a.b.c.png", "n" * 251 + ".png"])
 def test_any_file_name_works(tmp_path, name):
     write_grey(tmp_path / name, np.full((4, 5), 7.0))
     np.testing.assert_array_equal(read_grey(tmp_path / name), np.full((4, 5), 7))
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+HUGE = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+    + (60000).to_bytes(4, "big") * 2
+    + b"\x08\x00\x00\x00\x00"
+    + zlib.crc32(b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00").to_bytes(4, "big")
+)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40), HUGE])
 def test_unreadable_files_are_named(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match="a.png is not an image of 8 or 16 bits"):
@@ -161,6 +170,13 @@ def test_modalities_are_found_visible_or_mri_first(tmp_path, names):
     for name in names:
         (tmp_path / name).mkdir()
     assert find_modalities(tmp_path) == (tmp_path / names[0], tmp_path / names[1])
+
+
+def test_folder_of_several_sets_is_refused(tmp_path):
+    for name in ("MRI", "CT", "PET"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="MRI/ with CT/; MRI/ with PET/"):
+        find_modalities(tmp_path)
 
 
 def test_folder_without_modalities_names_what_it_needs(tmp_path):

@@ -96,12 +96,22 @@ def test_checkpoint_keys_and_shapes_never_drift():
 
 def test_networks_are_called_as_code_for_the_published_file_calls_them():
     vis = torch.rand(1, 1, 9, 12)
-    base, detail, shallow = net.Restormer_Encoder()(vis)
-    base = net.BaseFeatureExtraction(dim=64, num_heads=8)(base + base)
+    base, detail, shallow = net.Restormer_Encoder(
+        inp_channels=1, out_channels=1, dim=64, num_blocks=[4, 4], heads=[8, 8, 8], ffn_expansion_factor=2,
+        bias=False, LayerNorm_type="WithBias",
+    )(vis)  # fmt: skip
+    base = net.BaseFeatureExtraction(dim=64, num_heads=8, ffn_expansion_factor=1.0, qkv_bias=False)(base + base)
     detail = net.DetailFeatureExtraction(num_layers=1)(detail + detail)
     fused, reduced = net.Restormer_Decoder()(None, base, detail)
     assert fused.shape == (1, 1, 9, 12)
     assert shallow.shape == reduced.shape == (1, 64, 9, 12)
+
+
+def test_arguments_that_no_published_network_uses_are_refused():
+    with pytest.raises(ValueError, match="bias must be False"):
+        net.Restormer_Decoder(bias=True)
+    with pytest.raises(ValueError, match="'WithBias'"):
+        net.Restormer_Encoder(LayerNorm_type="BiasFree")
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 7), (5, 3), (31, 40)])

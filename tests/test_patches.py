@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 import dataprocessing
 from tests.conftest import write_pair
-from utils import InputError
+from utils import ROOT, InputError
 from utils.images import read_grey, read_luma
 from utils.patches import PatchDataset, PatchWriter, is_low_contrast, random_batches
 
@@ -116,6 +118,39 @@ def test_bad_pair_is_named_and_the_rest_done(folder, tmp_path, capsys):
     assert len(PatchDataset(tmp_path / "p.h5")) == 12
 
 
+def test_unreadable_file_costs_its_pair_only(folder, tmp_path, monkeypatch, capsys):
+    cut = dataprocessing.cut_patches
+
+    def refuses_one(pair, *args):
+        if pair.name == "02":
+            raise PermissionError(13, "Permission denied", str(pair.vis))
+        return cut(pair, *args)
+
+    monkeypatch.setattr(dataprocessing, "cut_patches", refuses_one)
+    assert prepare(folder, tmp_path / "p.h5") == 2
+    assert "Permission denied" in capsys.readouterr().err
+    assert len(PatchDataset(tmp_path / "p.h5")) == 12
+
+
+def test_full_disk_keeps_the_old_file_and_the_last_line_says_why(folder, tmp_path):
+    (tmp_path / "p.h5").write_bytes(b"old")
+    # A limit on the size of files stands in for a full disk; it holds for the child process alone.
+    code = (
+        "import resource, signal, sys, dataprocessing\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "sys.exit(dataprocessing.main(sys.argv[1:]))"
+    )
+    options = ["--data", str(folder), "--patch-size", "32", "--stride", "8", "--out", str(tmp_path / "p.h5")]
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
+    # The HDF5 library complains on its own before our line, and may crash at exit over what it could not flush;
+    # so neither the number of lines nor the exit code is ours to promise.
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "is the disk full?" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "p.h5").read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["SET", "p.h5"]
+
+
 def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, monkeypatch):
     (tmp_path / "p.h5").write_bytes(b"old")
 
@@ -135,6 +170,7 @@ def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, m
         (["--patch-size", "1"], "--patch-size"),
         (["--stride", "0"], "--stride"),
         (["--patch-size", "500"], "not one patch was kept"),
+        (["--out", "patches.png"], "ends in .h5"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):
@@ -155,6 +191,21 @@ def test_bad_patch_files_are_refused(tmp_path):
         file["something"] = np.zeros(3)
     with pytest.raises(InputError, match="not a readable patch file"):
         PatchDataset(tmp_path / "other.h5")
+    bad = {
+        "group": {"vis/a": np.zeros(3), "ir/a": np.zeros(3)},
+        "scalar": {"vis": 1.0, "ir": 1.0},
+        "flat": {"vis": np.zeros((2, 8), np.uint8), "ir": np.zeros((2, 8), np.uint8)},
+        "names": {"vis_patchs/a": np.zeros((1, 8, 8)), "ir_patchs/a": np.zeros((1, 8, 8))},
+        "unequal": {f"{g}/{i}": np.zeros((1, 8, 8 + i)) for g in ("vis_patchs", "ir_patchs") for i in range(2)},
+        "range": {"vis": np.full((2, 8, 8), 7.0), "ir": np.full((2, 8, 8), 7.0)},
+        "nan": {"vis": np.full((2, 8, 8), np.nan), "ir": np.zeros((2, 8, 8))},
+    }
+    for name, content in bad.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            for key, value in content.items():
+                file[key] = value
+        with pytest.raises(InputError, match=f"{name}.h5"):
+            PatchDataset(tmp_path / f"{name}.h5")
     with PatchWriter(tmp_path / "empty.h5", 8):
         pass
     with pytest.raises(InputError, match="at least one"):

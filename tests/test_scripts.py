@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,48 @@ def test_bad_pairs_are_named_and_the_rest_is_done(infrared, weights, tmp_path, c
     (infrared / "vi/e.png").unlink()
     code, out, err = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
     assert code == 2 and "2 pairs" in out
-    assert "MINE/c" in err and "MINE/d" in err and "e.png" in err
+    assert "MINE/c" in err and "e.png" in err
+    assert "VIF needs images with sides >= 41" in err and "fused, but not scored" in err
+
+
+def test_set_without_a_score_does_not_stop_the_others(infrared, weights, tmp_path, capsys):
+    write_pair(tmp_path / "data" / "SMALL", ("vi", "ir"), "a.png", 5, size=(20, 30))
+    code, out, err = run(
+        test_IVF, capsys, "--data", tmp_path / "data", "--sets", "SMALL", "MINE", "--weights", weights,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2 and "no pair of SMALL was scored" in err
+    assert "The test result of MINE :" in out and "The test result of SMALL :" not in out
+
+
+def test_unreadable_file_costs_its_pair_only(infrared, weights, tmp_path, capsys, monkeypatch):
+    from utils import images
+
+    read = images.read_grey
+
+    def refuses_one(path):
+        if path.name == "b.png" and path.parent.name == "ir":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(images, "read_grey", refuses_one)
+    code, out, err = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    assert code == 2 and "1 pairs" in out and "Permission denied" in err
+
+
+def test_two_sets_of_one_name_are_refused(infrared, weights, tmp_path, capsys):
+    write_pair(tmp_path / "data" / "more" / "MINE", ("vi", "ir"), "a.png", 5)
+    code, _, err = run(
+        test_IVF, capsys, "--data", tmp_path / "data", "--sets", "MINE", "more/MINE", "--weights", weights
+    )
+    assert code == 2 and "two folders called MINE" in err
+
+
+def test_names_that_are_not_utf_8_are_scored_too(infrared, weights, tmp_path, capsys):
+    for modality in ("vi", "ir"):
+        (infrared / modality / "b.png").rename(infrared / modality / os.fsdecode(b"b\xff.png"))
+    code, out, _ = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    assert code == 0 and "2 pairs" in out
 
 
 @pytest.mark.parametrize(
@@ -152,7 +194,7 @@ def test_bad_pairs_are_named_and_the_rest_is_done(infrared, weights, tmp_path, c
     [
         (("--data", "nowhere"), "nowhere"),
         (("--sets", "TNO"), "must hold two folders"),
-        (("--weights", "none.pth"), "no weights at none.pth"),
+        (("--weights", "none.pth"), "no file at none.pth"),
         (("--skip", "ir"), "vis, sum, none"),
         (("--device", "quantum"), "try --device cpu"),
     ],

@@ -10,7 +10,7 @@ import torch
 
 import train
 from utils.checkpoint import read_file, save_file
-from utils.patches import PatchWriter
+from utils.patches import PatchDataset, PatchWriter
 from zoo import SYSTEMS, Stage, find_system
 from zoo.cddfuse import CDDFuseSystem
 
@@ -78,14 +78,19 @@ def test_stage_one_leaves_the_fusion_layers_alone_and_stage_two_does_not(patch_f
     assert not torch.equal(weights(tmp_path / "two")[key], start)
 
 
-def test_learning_rates_are_those_of_the_published_run():
+def new_run(args, options, system_options, patch_file):
+    args.data = patch_file
+    return train.Run(args, CDDFuseSystem, options, system_options, torch.device("cpu"), PatchDataset(patch_file))
+
+
+def test_learning_rates_are_those_of_the_published_run(patch_file):
     args = train.build_parser(CDDFuseSystem).parse_args([])
     options = train.take_options(args, train.Options)
-    state = train.Run(args, CDDFuseSystem, options, CDDFuseSystem.Options(), torch.device("cpu"), patches=80)
+    state = new_run(args, options, CDDFuseSystem.Options(), patch_file)
     seen = {}
     for epoch in range(state.epochs):
         stage, _ = state.stage_of(epoch)
-        state.set_learning_rates(stage)
+        state.set_learning_rates()
         seen[epoch] = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
         for name in stage.networks:
             state.epochs_trained[name] += 1
@@ -109,17 +114,17 @@ def test_learning_rates_are_those_of_the_published_run():
         assert seen[epoch]["base_fusion"] == seen[epoch]["detail_fusion"] == pytest.approx(rate)
 
 
-def test_cosine_schedule_warms_up_and_ends_at_the_floor():
+def test_cosine_schedule_warms_up_and_ends_at_the_floor(patch_file):
     args = train.build_parser(CDDFuseSystem).parse_args(
         "--schedule cosine --warmup-steps 4 --learning-rate 1e-3 --epoch-batches 10".split()
         + "--stage1-epochs 1 --stage2-epochs 1".split()
     )
     options, system_options = train.take_options(args, train.Options), train.take_options(args, CDDFuseSystem.Options)
-    state = train.Run(args, CDDFuseSystem, options, system_options, torch.device("cpu"), patches=80)
+    state = new_run(args, options, system_options, patch_file)
 
     def rate(step):
         state.step = step
-        state.set_learning_rates(state.stages[0])
+        state.set_learning_rates()
         return state.optimizer.param_groups[0]["lr"]
 
     assert rate(0) == pytest.approx(0.25e-3)
@@ -188,15 +193,19 @@ def error_of(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], "--batch-size must be positive"),
-        (["--learning-rate", "-1", "--crop", "-2"], "--crop must not be negative"),
+        (["--batch-size", "0"], "--batch-size must be more than 0"),
+        (["--learning-rate", "-1", "--crop", "-2"], "--crop must be at least 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be finite"),
+        (["--ssim-weight", "inf"], "--ssim-weight must be finite"),
+        (["--crop", "5"], "at least 6"),
+        (["--device", "meta"], "try --device cpu"),
         (["--schedule", "linear"], "step, cosine"),
         (["--precision", "float8"], "float32, bfloat16"),
         (["--ssim-form", "old"], "published, standard"),
-        (["--crop", "99"], "larger than the patches"),
+        (["--crop", "99"], "99 pixels"),
         (["--device", "quantum"], "try --device cpu"),
-        (["--resume", "none.pt"], "no weights at none.pt"),
-        (["--init", "none.pth"], "no weights at none.pth"),
+        (["--resume", "none.pt"], "no file at none.pt"),
+        (["--init", "none.pth"], "no file at none.pth"),
         (["--stage1-epochs", "0", "--stage2-epochs", "0"], "both 0"),
     ],
 )
@@ -218,7 +227,122 @@ def test_run_folder_is_not_overwritten_and_changed_options_are_named(patch_file,
     save_file(tmp_path / "run/other.pt", {"epoch": 1})
     assert run(patch_file, tmp_path / "run", "--resume", str(tmp_path / "run/other.pt")) == 2
     assert "not a file to resume from" in error_of(capsys)
+    run(patch_file, tmp_path / "second")
+    capsys.readouterr()
+    assert run(patch_file, tmp_path / "second", "--resume", str(tmp_path / "run/last.pt")) == 2  # not over a run
+    assert "choose another --out" in error_of(capsys)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/CDDFuse_IVF.pth").write_bytes(b"precious")
+    assert run(patch_file, tmp_path / "models") == 2  # not over weights
+    assert (tmp_path / "models/CDDFuse_IVF.pth").read_bytes() == b"precious"
     assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_resume_with_other_patches_is_refused(patch_file, tmp_path, capsys):
+    run(patch_file, tmp_path / "run")
+    with PatchWriter(tmp_path / "other.h5", 16) as writer:
+        writer.add(np.full((6, 16, 16), 9.0), np.full((6, 16, 16), 8.0))
+    capsys.readouterr()
+    assert run(tmp_path / "other.h5", tmp_path / "run", "--resume", "auto") == 2
+    assert "patches_digest" in error_of(capsys)
+
+
+def test_crash_between_two_files_neither_loses_nor_repeats_an_epoch(patch_file, tmp_path, monkeypatch):
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    for method in ("save", "write_log"):  # before last.pt, and between last.pt and the log
+        out = tmp_path / method
+        with monkeypatch.context() as patched:
+            patched.setattr(train.Run, method, crash)
+            assert run(patch_file, out, epochs=(2, 0)) == 130
+        if method == "save":  # weights without a run beside them would be kept safe from a fresh one
+            next(out.glob("*.pth")).unlink()
+        assert run(patch_file, out, "--resume", "auto", epochs=(2, 0)) == 0
+        assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").open()] == [1, 2]
+
+
+def test_full_disk_is_one_line_and_the_last_epoch_is_kept(patch_file, tmp_path, monkeypatch, capsys):
+    run(patch_file, tmp_path / "run", epochs=(1, 0))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise RuntimeError("unexpected pos 64 vs 0\nmore lines")
+
+    capsys.readouterr()
+    monkeypatch.setattr(torch, "save", full_disk)
+    (tmp_path / "run/CDDFuse_IVF.pth").unlink()
+    assert run(patch_file, tmp_path / "run", "--resume", "auto", epochs=(1, 0)) == 2
+    assert "is the disk full" in error_of(capsys)
+    assert (tmp_path / "run/last.pt").read_bytes() == before["last.pt"]
+
+
+def test_folder_that_cannot_be_written_is_found_before_the_first_epoch(patch_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train, "train_epoch", None)
+    assert run(patch_file, tmp_path / "file") == 2
+    assert "file" in error_of(capsys)
+
+
+@pytest.mark.parametrize("where", ["gradient", "weights"])
+def test_non_finite_gradients_and_weights_are_never_saved(patch_file, tmp_path, monkeypatch, capsys, where):
+    run(patch_file, tmp_path / "run", epochs=(2, 0))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    stages, step = CDDFuseSystem.stages, torch.optim.Adam.step
+
+    def broken_stages(self, options, task):
+        # A loss that is finite, with a gradient that is not: the square root of 0.
+        def losses(batch):
+            return {"total": first.losses(batch)["total"].mul(0).sqrt()}
+
+        first, *rest = stages(self, options, task)
+        return [Stage(first.name, first.epochs, first.networks, losses), *rest]
+
+    def broken_step(self, *args):
+        step(self, *args)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("inf"))
+
+    if where == "gradient":
+        monkeypatch.setattr(CDDFuseSystem, "stages", broken_stages)
+    else:
+        monkeypatch.setattr(torch.optim.Adam, "step", broken_step)
+    capsys.readouterr()
+    assert run(patch_file, tmp_path / "other", "--epoch-batches", "1", epochs=(2, 0)) == 2
+    assert f"{where[:6]}" in error_of(capsys)
+    assert not list((tmp_path / "other").glob("*.p*"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_stage_trains_nothing_but_its_networks(patch_file, tmp_path, monkeypatch):
+    stages = CDDFuseSystem.stages
+
+    def fusion_layers_alone(self, options, task):
+        first, second = stages(self, options, task)
+        networks = {name: second.networks[name] for name in ("base_fusion", "detail_fusion")}
+        return [first, Stage("fusion layers", second.epochs, networks, second.losses)]
+
+    run(patch_file, tmp_path / "one", epochs=(1, 0))
+    monkeypatch.setattr(CDDFuseSystem, "stages", fusion_layers_alone)
+    run(patch_file, tmp_path / "two", epochs=(1, 1))
+    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(after[key], value)}
+    assert changed == {"BaseFuseLayer", "DetailFuseLayer"}
+
+
+def test_medical_training_never_falls_back_to_the_infrared_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--task", "mif"]) == 2
+    assert "--data" in error_of(capsys)
+    assert train.main([]) == 2
+    assert "MSRS_train_imgsize_128_stride_200.h5" in error_of(capsys)
+
+
+def test_rate_below_the_floor_is_taken_as_given(patch_file):
+    args = train.build_parser(CDDFuseSystem).parse_args(["--learning-rate", "1e-7", "--warmup-steps", "10"])
+    state = new_run(args, train.take_options(args, train.Options), CDDFuseSystem.Options(), patch_file)
+    state.set_learning_rates()
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(1e-8)
 
 
 def test_resume_of_a_finished_run_does_nothing(patch_file, tmp_path):

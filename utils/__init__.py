@@ -7,6 +7,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,10 +47,12 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
     So `path` holds either what it held before or all of the new content, also after a crash or a full disk.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # through a link, which stays one
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last because image writers choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # A name of its own, not one made of the target's, which may be as long as the file system allows.
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -56,6 +60,13 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and finds out before the work, not after it, that nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def git_commit() -> str:

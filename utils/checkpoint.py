@@ -76,9 +76,16 @@ def save_checkpoint(path: Path | str, model: nn.Module, about: dict[str, Any] | 
 
 
 def save_file(path: Path | str, content: dict[str, Any]) -> None:
-    """torch.save, whole or not at all."""
+    """torch.save, whole or not at all.
+
+    Raises:
+        OSError: the file could not be written; what was there before is kept.
+    """
     with whole_file(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch raises when the disk is full
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 
 def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -90,7 +97,8 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights at {path}. Train them with `python train.py`, or name a file with --weights"
+            f"no file at {path}{' but a folder' if path.is_dir() else ''}. "
+            "Weights are made by `python train.py`; name theirs or another's file"
         )
     with open(path, "rb") as file:
         start = file.read(len(_POINTER_START))
@@ -101,6 +109,11 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
             f"{path} is a text pointer to a large file, not the file; run `git lfs pull` in its repository"
         )
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not look at the check sums
+            if damaged:
+                raise EOFError(damaged)
         content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path):
@@ -109,7 +122,7 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
                 "loaded. Save its state_dict() with torch.save where it was made"
             ) from error
         raise InputError(f"{path} is not a PyTorch checkpoint; name the right file with --weights") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a reader of damaged bytes may stumble over anything
         raise InputError(
             f"{path} is truncated or damaged ({path.stat().st_size} bytes); copy or download it again"
         ) from error
@@ -122,15 +135,21 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
 
 def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) -> dict[str, StateDict]:
     """The wanted networks of a file, under their published names, keys without `module.`."""
+    if {"model", "optimizer"} <= content.keys():
+        raise InputError(f"{path} is a file to resume a training from, not weights; they lie beside it")
+    names = [_ALIASES.get(name, name) for name in content if name != ABOUT]
     found = {_ALIASES.get(name, name): value for name, value in content.items() if name != ABOUT}
-    if set(found) != set(wanted):
+    if set(found) != set(wanted) or len(names) > len(found):
         raise InputError(
-            f"{path} holds {_listed(found)} where {_listed(wanted)} are expected: "
+            f"{path} holds {_listed(names)} where {_listed(wanted)} are expected: "
             "it is a file of another network; name the right one with --weights"
         )
     for name, state in found.items():
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise InputError(f"{path}: {name} is not a dict of tensors; name the right file with --weights")
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
+            for key, value in state.items()
+        ):
+            raise InputError(f"{path}: {name} is not a dict of real tensors; name the right file with --weights")
     return {name: {key.removeprefix(_PREFIX): value for key, value in state.items()} for name, state in found.items()}
 
 

@@ -49,8 +49,10 @@ def read_luma(path: Path | str) -> np.ndarray:
 
 def _read_luma(path: Path) -> tuple[np.ndarray, int]:
     encoded = np.fromfile(path, dtype=np.uint8)  # not cv2.imread: it cannot open every unicode path
-    # OpenCV refuses an empty buffer with an exception of its own.
-    bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if encoded.size else None
+    try:
+        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error:  # an empty buffer, or a header that promises more pixels than OpenCV allows
+        bgr = None
     if bgr is None or bgr.dtype not in (np.uint8, np.uint16):
         raise InputError(
             f"{path} is not an image of 8 or 16 bits that OpenCV can read ({encoded.size} bytes); "
@@ -162,13 +164,19 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
 
     Raises:
         FileNotFoundError: the folder holds none of the known combinations; they are named.
+        InputError: it holds several.
     """
     folder = Path(folder)
-    for vis, ir in MODALITIES:
-        if (folder / vis).is_dir() and (folder / ir).is_dir():
-            return folder / vis, folder / ir
-    known = ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
-    raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known}")
+    found = [
+        (folder / vis, folder / ir) for vis, ir in MODALITIES if (folder / vis).is_dir() and (folder / ir).is_dir()
+    ]
+    if not found:
+        known = ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
+        raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known}")
+    if len(found) > 1:
+        several = "; ".join(f"{vis.name}/ with {ir.name}/" for vis, ir in found)
+        raise InputError(f"{folder} holds more than one set ({several}); give each a folder of its own")
+    return found[0]
 
 
 def _images_by_stem(folder: Path) -> dict[str, Path]:

@@ -302,8 +302,8 @@ def mutual_information(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol
 
     Source:
         Qu, Zhang and Yan, Electron. Lett. 38(7), 2002. Where an image holds fractions, the released CDDFuse
-        takes every distinct value for a label of its own, which drives MI towards the entropy of the pixel
-        numbers. On whole levels, which is all that it ever reads, it agrees with us.
+        takes every distinct value for a label of its own, which drives each term towards ln(H W). On whole
+        levels, which is all that it ever reads, it agrees with us.
 
     >>> image = np.array([[0, 0], [9, 9]], dtype=np.uint8)
     >>> round(mutual_information(image, image, 255 - image), 12) == round(2 * math.log(2), 12)
@@ -778,8 +778,8 @@ def _local_statistics(
     """Weighted variances of F, A, B, (3, h, w), and covariances of F with A, B, (2, h, w), in strips of rows.
 
     The weights are the outer product of `taps` with itself, over pixels with a whole window. Variances do not
-    depend on `means`, (3, 1, 1), but lose fewer digits without them: a constant image becomes all 0. Still, by
-    rounding a variance can come out below 0.
+    depend on `means`, (3, 1, 1), but lose fewer digits without them, and a constant image becomes all 0. By
+    rounding, a variance can come out below 0.
     """
     _, height, width = planes.shape
     overlap = len(taps) - 1

@@ -10,6 +10,8 @@ Two layouts are read:
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -63,8 +65,8 @@ class PatchWriter:
         self.count = 0
 
     def __enter__(self) -> PatchWriter:
-        self._whole_file = whole_file(self.path)
-        self._file = h5py.File(self._whole_file.__enter__(), "w")
+        self._stack = contextlib.ExitStack()
+        self._file = self._stack.enter_context(h5py.File(self._stack.enter_context(whole_file(self.path)), "w"))
         for name in ("vis", "ir"):
             if self.layout == "published":
                 self._file.create_group(_GROUPS[name])
@@ -91,8 +93,10 @@ class PatchWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._whole_file.__exit__(kind, error, trace)
+        try:
+            self._stack.__exit__(kind, error, trace)
+        except RuntimeError as closing:  # what h5py raises when the disk is full
+            raise OSError(f"{self.path} could not be written; is the disk full?") from closing
 
 
 class PatchDataset(Dataset):
@@ -113,14 +117,18 @@ class PatchDataset(Dataset):
             with h5py.File(path, "r") as file:
                 vis, ir = (_read_patches(file, name) for name in ("vis", "ir"))
                 self.about = {key: _plain(value) for key, value in file.attrs.items()}
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise InputError(
                 f"{path} is not a readable patch file ({error}); make it again with `python dataprocessing.py`"
             ) from error
-        if vis.shape != ir.shape or not len(vis):
+        if vis.shape != ir.shape or vis.ndim != 3 or not len(vis):
             raise InputError(
                 f"{path} holds visible patches {vis.shape} and infrared patches {ir.shape}, which must be equally many "
-                "and at least one; make it again with `python dataprocessing.py`"
+                "(N, H, W) and at least one; make it again with `python dataprocessing.py`"
+            )
+        if any(array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1) for array in (vis, ir)):
+            raise InputError(
+                f"{path} holds patches of {vis.dtype} outside [0, 1]; make it again with `python dataprocessing.py`"
             )
         self.vis, self.ir = torch.from_numpy(vis), torch.from_numpy(ir)
 
@@ -129,6 +137,13 @@ class PatchDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return to_unit(self.vis[index])[None], to_unit(self.ir[index])[None]
+
+    def digest(self) -> str:
+        """A short hash of all patches: two files with equal patches have equal digests."""
+        return (
+            hashlib.blake2b(self.vis.numpy().data, digest_size=8).hexdigest()
+            + hashlib.blake2b(self.ir.numpy().data, digest_size=8).hexdigest()
+        )
 
     @property
     def size(self) -> int:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from utils import whole_file
+from utils.metrics import PAPER_TABLE
 
-# The columns of the published tables, in their order.
-COLUMNS = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM")
 SEPARATOR = "=" * 80
 
 
@@ -35,15 +34,19 @@ class ScoreSheet:
 
     def write(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Writes metrics.csv (one row an image) and metrics.json (`facts` and the unrounded means)."""
-        with whole_file(folder / "metrics.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(folder / "metrics.csv") as path,
+            open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["image", *self._metrics()])
             writer.writerows([name, *scores.values()] for name, scores in self.images.items())
-        # JSON has no NaN: a metric without a value is null.
-        mean = {metric: None if math.isnan(value) else value for metric, value in self.mean().items()}
+        # JSON has neither NaN nor infinity: a metric without a finite value is null.
+        mean = {metric: value if math.isfinite(value) else None for metric, value in self.mean().items()}
         content = {"mean": mean, "excluded": self.excluded(), "pairs": len(self.images), **facts}
         with whole_file(folder / "metrics.json") as path:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
 
     def _metrics(self) -> list[str]:
         return list(next(iter(self.images.values()), {}))
@@ -52,7 +55,7 @@ class ScoreSheet:
         return [scores[metric] for scores in self.images.values() if not math.isnan(scores[metric])]
 
 
-def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str] = COLUMNS) -> str:
+def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str] = PAPER_TABLE) -> str:
     """The table in the layout of the published test scripts: values rounded to two decimals, tabs between."""
     # Published: the first four names stand one space from their tab, the others do not.
     header = "\t" + "".join(f"\t {name}" if i < 4 else f"\t{name}" for i, name in enumerate(columns))
@@ -63,7 +66,7 @@ def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str
     return "\n".join([*lines, SEPARATOR])
 
 
-def format_excluded(sheets: Sequence[ScoreSheet], columns: Sequence[str] = COLUMNS) -> list[str]:
+def format_excluded(sheets: Sequence[ScoreSheet], columns: Sequence[str] = PAPER_TABLE) -> list[str]:
     """A line for each row whose means leave images out."""
     lines = []
     for sheet in sheets:

@@ -7,6 +7,7 @@ take by default, and in how a row is called.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, ROOT, InputError, git_commit
+from utils import EXIT_BAD_INPUT, ROOT, InputError, check_writable, git_commit
 from utils.images import MODALITIES, PairList, find_modalities, list_pairs, read_grey, to_uint8, write_grey
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
 from utils.metrics import PROTOCOLS, score
@@ -28,6 +29,7 @@ from utils.scores import ScoreSheet, format_excluded, format_table
 from zoo import SYSTEMS, find_system
 
 DATA_VARIABLE = "FUSION_DATA"
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
     add("--system", choices=SYSTEMS, default="cddfuse", help="default: cddfuse")
-    add("--debug", action="store_true", help="show tracebacks")  # fmt: skip
+    add("--debug", action="store_true", help="show tracebacks")
 
 
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
@@ -97,10 +99,11 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
     paths = args.weights or [ROOT / "models" / name for name in benchmark.weights]
     methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
     stems = [method.weights.stem for method in methods]
-    if len(set(stems)) < len(stems):
-        raise InputError(f"--weights names two files called {stems[0]}; their results would share a folder: rename one")
+    refuse_repeated("--weights", "files", stems)
+    refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
+    check_writable(args.out)
 
-    failed = 0
+    incomplete = False
     for test_set in test_sets:
         if test_set.found.unmatched():
             print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
@@ -109,7 +112,10 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
             folder = args.out / method.weights.stem / test_set.name
             started = time.perf_counter()
             sheet = fuse_set(method, test_set, folder, args)
-            failed += len(test_set.found.pairs) - len(sheet.images)
+            incomplete |= len(sheet.images) < len(test_set.found.pairs)
+            if not sheet.images:
+                print(f"warning: no pair of {test_set.name} was scored with {method.weights}", file=sys.stderr)
+                continue
             facts = {
                 "set": test_set.name, "system": method.model.label, "weights": str(method.weights),
                 "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
@@ -119,15 +125,25 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
             }  # fmt: skip
             sheet.write(folder, facts)
             sheets.append(sheet)
+        if not sheets:
+            continue
         if args.baselines:
             sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
         print(format_table(test_set.name, sheets))
         for line in format_excluded(sheets):
             print(line)
         used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
-        print(f"protocol {args.protocol}, {len(sheets[0].images)} pairs, weights {used}, {device} {args.precision}")
-    print(f"fused images, metrics.csv and metrics.json: {args.out}/{{{','.join(stems)}}}/<set>/")
-    return EXIT_BAD_INPUT if failed else 0
+        pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
+        print(f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}")
+    for stem in stems:
+        print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
+    return EXIT_BAD_INPUT if incomplete else 0
+
+
+def refuse_repeated(option: str, what: str, names: list[str]) -> None:
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"{option} names two {what} called {repeated}; their results would share a folder: rename one")
 
 
 def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
@@ -174,6 +190,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     images: dict[str, dict[str, float]] = {}
     description = f"{test_set.name}, {method.weights.stem}"
     for pair in tqdm(test_set.found.pairs, desc=description, unit="pair", disable=None):
+        fate = "left out"
         try:
             vis, ir = pair.read()
             fused = fuse_arrays(
@@ -181,13 +198,13 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             )
             path = folder / f"{pair.name}.png"
             write_grey(path, fused)
+            fate = "fused, but not scored"
             images[pair.name] = score(read_grey(path), ir, vis, args.protocol)
-        except ValueError as error:
-            if args.debug:
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+            if args.debug or getattr(error, "errno", None) in HOPELESS:
                 raise
-            tqdm.write(f"warning: {test_set.name}/{pair.name}: {error}; left out", file=sys.stderr)
-    if not images:
-        raise InputError(f"no pair of {test_set.name} could be fused and scored; see the warnings above")
+            first_line = str(error).splitlines()[0]
+            tqdm.write(f"warning: {test_set.name}/{pair.name}: {first_line}; {fate}", file=sys.stderr)
     return ScoreSheet(method.label, images)
 
 
@@ -206,7 +223,7 @@ def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreS
                 name: score(to_uint8(make(vis, ir)).astype(np.float32), ir, vis, protocol)
                 for name, make in makers.items()
             }
-        except ValueError:
+        except (ValueError, OSError):
             continue  # fuse_set has named it
         for name in makers:
             sheets[name][pair.name] = scores[name]

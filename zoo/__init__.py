@@ -2,8 +2,10 @@
 
 A system is a class that is an `nn.Module` and has
 
-- `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side`: in pixels;
-- `Options`: a frozen dataclass of its own training options, which become command-line options of train.py;
+- `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
+  `smallest_patch` of a training patch, in pixels;
+- `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
+  options of train.py;
 - `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
 - `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
   the images;
@@ -15,7 +17,9 @@ A new system is a file in this folder and a line in `SYSTEMS`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +32,34 @@ TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and C
 
 # Name on the command line -> module and class. Imported when asked for: one system never needs another.
 SYSTEMS = {"cddfuse": ("zoo.cddfuse", "CDDFuseSystem")}
+
+
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), above: float | None = None, low: float | None = None
+) -> Any:
+    """A field of an options dataclass: default, explanation, and what is allowed; see `check_options`."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "above": above, "low": low})
+
+
+def check_options(options: Any) -> None:
+    """Checks every field of an options dataclass against what its `option` allows.
+
+    Raises:
+        InputError: one line with all that is wrong, under the names of the command line.
+    """
+    problems = []
+    for item in dataclasses.fields(options):
+        name, value, rule = "--" + item.name.replace("_", "-"), getattr(options, item.name), item.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            problems.append(f"{name} must be one of {', '.join(rule['choices'])}, got {value!r}")
+        elif isinstance(value, (int, float)) and not math.isfinite(value):
+            problems.append(f"{name} must be finite, got {value}")
+        elif rule["above"] is not None and value <= rule["above"]:
+            problems.append(f"{name} must be more than {rule['above']}, got {value}")
+        elif rule["low"] is not None and value < rule["low"]:
+            problems.append(f"{name} must be at least {rule['low']}, got {value}")
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 class Batch(NamedTuple):
@@ -44,8 +76,8 @@ class Stage:
     Attributes:
         name: for the log.
         epochs: how many.
-        networks: those that are trained, by name. Each has its own gradient clipping and its own learning rate
-            schedule, which counts only the epochs in which it was trained.
+        networks: those that are trained, by name; all others stand still. Each has its own gradient clipping and
+            its own learning rate schedule, which counts only the epochs in which it was trained.
         losses: a batch -> every loss term by its name in the paper; the key `total` is minimised.
     """
 

@@ -13,32 +13,32 @@ import net
 from utils import InputError
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, reconstruction_loss
-from zoo import Batch, Stage
+from zoo import Batch, Stage, check_options, option
 
 
 @dataclass(frozen=True)
 class Options:
     """Training options of CDDFuse; the defaults are those of the published code."""
 
-    stage1_epochs: int = 40  # decomposition: encoder and decoder
-    stage2_epochs: int = 80  # fusion: everything
-    decomposition_weight: float = 2.0  # L_decomp, both stages
-    ssim_weight: float = 5.0  # of the dissimilarity in each reconstruction loss
-    gradient_weight_1: float = 5.0  # gradient of the visible reconstruction, stage one
-    gradient_weight_2: float = 10.0  # gradient of the fused image, stage two
-    ssim_form: str = "published"  # or "standard": where SSIM is negative, see utils/losses.py
+    stage1_epochs: int = option(40, "epochs of stage one, decomposition: encoder and decoder", low=0)
+    stage2_epochs: int = option(80, "epochs of stage two, fusion: everything", low=0)
+    decomposition_weight: float = option(2.0, "weight of the decomposition loss, both stages", low=0)
+    ssim_weight: float = option(5.0, "weight of the dissimilarity in a reconstruction loss", low=0)
+    gradient_weight_1: float = option(5.0, "weight of the gradient of the visible reconstruction", low=0)
+    gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
+    ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
 
     def __post_init__(self) -> None:
-        if self.ssim_form not in SSIM_FORMS:
-            raise InputError(f"--ssim-form must be one of {', '.join(SSIM_FORMS)}, got {self.ssim_form!r}")
-        if self.stage1_epochs < 0 or self.stage2_epochs < 0 or not self.stage1_epochs + self.stage2_epochs:
-            raise InputError("--stage1-epochs and --stage2-epochs must not be negative, nor both 0")
+        check_options(self)
+        if not self.stage1_epochs + self.stage2_epochs:
+            raise InputError("--stage1-epochs and --stage2-epochs must not be both 0")
 
 
 class CDDFuseSystem(net.CDDFuse):
     label = "CDDFuse"
     skips = net.SKIPS
     smallest_side = net.SMALLEST_SIDE
+    smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     Options = Options
 
     @staticmethod
