@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from utils import run_script
 from utils.testing import Benchmark, add_arguments, run_benchmark
+from zoo import SYSTEMS, find_system
 
 IVF = Benchmark(
     task="ivf",
@@ -24,8 +25,8 @@ IVF = Benchmark(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, IVF)
-    return run_script(lambda args: run_benchmark(args, IVF), parser.parse_args(argv))
+    add_arguments(parser, IVF, SYSTEMS)
+    return run_script(lambda args: run_benchmark(args, IVF, find_system(args.system)), parser.parse_args(argv))
 
 
 if __name__ == "__main__":

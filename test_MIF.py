@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from utils import run_script
 from utils.testing import Benchmark, add_arguments, run_benchmark
+from zoo import SYSTEMS, find_system
 
 MIF = Benchmark(
     task="mif",
@@ -27,8 +28,8 @@ MIF = Benchmark(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, MIF)
-    return run_script(lambda args: run_benchmark(args, MIF), parser.parse_args(argv))
+    add_arguments(parser, MIF, SYSTEMS)
+    return run_script(lambda args: run_benchmark(args, MIF, find_system(args.system)), parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from utils.images import MODALITIES, PairList, find_modalities, list_pairs, read
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
 from utils.metrics import PROTOCOLS, score
 from utils.scores import ScoreSheet, format_excluded, format_table
-from zoo import SYSTEMS, find_system
 
 DATA_VARIABLE = "FUSION_DATA"
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
@@ -62,7 +61,7 @@ class Method:
     sha256: str
 
 
-def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
+def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems: Iterable[str]) -> None:
     sets, weights = " ".join(benchmark.sets), " ".join(f"models/{name}" for name in benchmark.weights)
     add = parser.add_argument
     add(
@@ -86,13 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None
     add("--no-stretch", action="store_true", help="do not stretch each fused image to the full range")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--system", choices=SYSTEMS, default="cddfuse", help="default: cddfuse")
+    add("--system", choices=list(systems), default="cddfuse", help="default: cddfuse")
     add("--debug", action="store_true", help="show tracebacks")
 
 
-def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
+def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) -> int:
     """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
-    system = find_system(args.system)
     device = pick_device(args.device)
     # Everything that can be wrong is looked at before the first image is fused.
     test_sets = find_sets(args, benchmark)
