@@ -18,6 +18,12 @@ EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def in_checkout(*parts: str) -> Path:
+    """A path in this checkout, relative where the script is run from there, so that messages stay short."""
+    path = ROOT.joinpath(*parts)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 class InputError(ValueError):
     """Bad input from the user. The message is one line: what, where, and the next command to run."""
 

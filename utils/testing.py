@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, ROOT, InputError, check_writable, git_commit
+from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout
 from utils.images import MODALITIES, PairList, find_modalities, list_pairs, read_grey, to_uint8, write_grey
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
 from utils.metrics import PROTOCOLS, score
@@ -94,7 +94,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
     device = pick_device(args.device)
     # Everything that can be wrong is looked at before the first image is fused.
     test_sets = find_sets(args, benchmark)
-    paths = args.weights or [ROOT / "models" / name for name in benchmark.weights]
+    paths = args.weights or [in_checkout("models", name) for name in benchmark.weights]
     methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
     stems = [method.weights.stem for method in methods]
     refuse_repeated("--weights", "files", stems)
@@ -147,7 +147,7 @@ def refuse_repeated(option: str, what: str, names: list[str]) -> None:
 def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
     """The sets to run. Sets that were asked for must exist; absent default sets give way to the bundled ones."""
     given = os.environ.get(DATA_VARIABLE)
-    root = args.data or (Path(given) / "test_img" if given else ROOT / "test_img")
+    root = args.data or (Path(given) / "test_img" if given else in_checkout("test_img"))
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root}; name one with --data")
     if not args.sets and any((root / vis).is_dir() and (root / ir).is_dir() for vis, ir in MODALITIES):
@@ -162,7 +162,7 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
         shown = "" if present else "; the bundled samples are shown instead"
         print(f"benchmark sets not found: {absent}. Put them at {root}/<set>/<modality>/ (README, Data){shown}")
     if not present:
-        return [open_set(ROOT / "test_img" / name) for name in benchmark.samples]
+        return [open_set(in_checkout("test_img", name)) for name in benchmark.samples]
     return [open_set(root / name) for name in present]
 
 
