@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 EXIT_BAD_INPUT = 2
@@ -66,6 +66,16 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """Names for a message, sorted: the first few, and how many more there are.
+
+    >>> listed("dacb", most=3)
+    'a, b, c and 1 more'
+    """
+    names = sorted(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
 
 
 def check_writable(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import InputError, whole_file
+from utils import InputError, listed, whole_file
 
 ABOUT = "about"
 _PREFIX = "module."
@@ -141,7 +141,7 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
     found = {_ALIASES.get(name, name): value for name, value in content.items() if name != ABOUT}
     if set(found) != set(wanted) or len(names) > len(found):
         raise InputError(
-            f"{path} holds {_listed(names)} where {_listed(wanted)} are expected: "
+            f"{path} holds {listed(names)} where {listed(wanted)} are expected: "
             "it is a file of another network; name the right one with --weights"
         )
     for name, state in found.items():
@@ -156,8 +156,8 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
 def _check_keys(path: Path, name: str, state: StateDict, wanted: StateDict) -> None:
     missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     if missing or foreign:
-        parts = [f"{len(missing)} keys are missing ({_listed(missing)})"] if missing else []
-        parts += [f"{len(foreign)} are foreign ({_listed(foreign)})"] if foreign else []
+        parts = [f"{len(missing)} keys are missing ({listed(missing)})"] if missing else []
+        parts += [f"{len(foreign)} are foreign ({listed(foreign)})"] if foreign else []
         raise InputError(
             f"{path}: {name} does not fit this network: {' and '.join(parts)}; name the right file with --weights"
         )
@@ -167,8 +167,3 @@ def _check_keys(path: Path, name: str, state: StateDict, wanted: StateDict) -> N
                 f"{path}: {name} has {key} of shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected; "
                 "it was made for another size of this network: name the right file with --weights"
             )
-
-
-def _listed(names: Any, most: int = 4) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils import InputError, whole_file
+from utils import InputError, listed, whole_file
 
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm".split())
 
@@ -133,7 +133,7 @@ class PairList:
     def unmatched(self) -> str:
         """One line naming the files without a partner, empty when there are none."""
         sides = [(self.only_vis, "infrared (or CT/PET/SPECT)"), (self.only_ir, "visible (or MRI)")]
-        return "; ".join(f"no {missing} partner for {_shortened(names)}" for names, missing in sides if names)
+        return "; ".join(f"no {missing} partner for {listed(names)}" for names, missing in sides if names)
 
 
 def list_pairs(vis_folder: Path | str, ir_folder: Path | str) -> PairList:
@@ -157,6 +157,12 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str) -> PairList:
             "the two files of a pair need the same name, such as vi/01.png and ir/01.png"
         )
     return found
+
+
+def modalities_in(folder: Path) -> list[tuple[Path, Path]]:
+    """Every known combination of sub-folders that a folder holds, visible or MRI first."""
+    both = [(folder / vis, folder / ir) for vis, ir in MODALITIES]
+    return [(vis, ir) for vis, ir in both if vis.is_dir() and ir.is_dir()]
 
 
 def find_modalities(folder: Path | str) -> tuple[Path, Path]:
@@ -190,7 +196,3 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
             raise InputError(f"{path} and {images[path.stem]} share a name, so their partner is unclear; remove one")
         images[path.stem] = path
     return images
-
-
-def _shortened(names: tuple[str, ...], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

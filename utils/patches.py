@@ -140,10 +140,9 @@ class PatchDataset(Dataset):
 
     def digest(self) -> str:
         """A short hash of all patches: two files with equal patches have equal digests."""
-        return (
-            hashlib.blake2b(self.vis.numpy().data, digest_size=8).hexdigest()
-            + hashlib.blake2b(self.ir.numpy().data, digest_size=8).hexdigest()
-        )
+        digest = hashlib.blake2b(self.vis.numpy().data, digest_size=16)
+        digest.update(self.ir.numpy().data)
+        return digest.hexdigest()
 
     @property
     def size(self) -> int:

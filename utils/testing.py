@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout
-from utils.images import MODALITIES, PairList, find_modalities, list_pairs, read_grey, to_uint8, write_grey
+from utils.images import PairList, find_modalities, list_pairs, modalities_in, read_grey, to_uint8, write_grey
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
 from utils.metrics import PROTOCOLS, score
 from utils.scores import ScoreSheet, format_excluded, format_table
@@ -101,6 +101,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
     refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
     check_writable(args.out)
 
+    commit = git_commit()
     incomplete = False
     for test_set in test_sets:
         if test_set.found.unmatched():
@@ -119,7 +120,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
                 "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
                 "stretch": not args.no_stretch, "device": str(device), "precision": args.precision,
                 "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
-                "numpy": np.__version__, "commit": git_commit(),
+                "numpy": np.__version__, "commit": commit,
             }  # fmt: skip
             sheet.write(folder, facts)
             sheets.append(sheet)
@@ -150,7 +151,7 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
     root = args.data or (Path(given) / "test_img" if given else in_checkout("test_img"))
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root}; name one with --data")
-    if not args.sets and any((root / vis).is_dir() and (root / ir).is_dir() for vis, ir in MODALITIES):
+    if not args.sets and modalities_in(root):
         return [open_set(root)]
     if args.sets:
         return [open_set(root / name) for name in args.sets]
