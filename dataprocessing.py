@@ -2,6 +2,7 @@
 
 python dataprocessing.py                                    # MSRS_train/{ir,vi}, as published
 python dataprocessing.py --data MSRS_train RoadScene_train  # several data sets into one file
+python dataprocessing.py --holdout 20                       # and every 20th pair kept apart for validation
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from utils import EXIT_BAD_INPUT, InputError, check_writable, run_script
 from utils.images import Pair, check_same_size, find_modalities, list_pairs, read_luma
 from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
+
+SMALLEST_SCORED = 41  # pixels a side that every metric of the table can work on (VIF)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,6 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="compact",
         help="compact: two compressed uint8 arrays, grey rounded; published: one float32 data set a patch",
     )
+    add(
+        "--holdout",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep every N-th pair of each data set out of the patches, for train.py to validate on (default: 0, none)",
+    )
+    add("--holdout-size", type=int, default=256, help="the middle of a held-out pair, this many pixels (default: 256)")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -60,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace) -> int:
     if args.patch_size < 2 or args.stride < 1:
         raise InputError(f"--patch-size {args.patch_size} must be at least 2 and --stride {args.stride} at least 1")
+    if args.holdout < 0 or args.holdout == 1 or args.holdout_size < SMALLEST_SCORED:
+        raise InputError(
+            f"--holdout {args.holdout} must be 0 or at least 2, and --holdout-size {args.holdout_size} at least "
+            f"{SMALLEST_SCORED}, which the metrics need"
+        )
     folders = source_folders(args)
     out = args.out or default_out(folders, args.patch_size, args.stride)
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
@@ -67,9 +83,12 @@ def prepare(args: argparse.Namespace) -> int:
     check_writable(out.parent)
 
     pairs: list[Pair] = []
+    held_out: set[Pair] = set()
     for vis_folder, ir_folder in folders:
         found = list_pairs(vis_folder, ir_folder)
         pairs += found.pairs
+        # The middle one of every N: the first and last of a folder are often of one scene.
+        held_out |= set(found.pairs[args.holdout // 2 :: args.holdout] if args.holdout else [])
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
 
@@ -79,11 +98,15 @@ def prepare(args: argparse.Namespace) -> int:
         "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders).encode(errors="replace").decode(),
         "patch_size": args.patch_size,
         "stride": args.stride,
+        "holdout": args.holdout,
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
     with PatchWriter(out, args.patch_size, args.layout, about) as writer:
         for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
             try:
+                if pair in held_out:
+                    writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size))
+                    continue
                 vis, ir = cut_patches(pair, args.patch_size, args.stride)
             except (InputError, OSError) as error:
                 bad.append(pair.name)
@@ -98,7 +121,10 @@ def prepare(args: argparse.Namespace) -> int:
                 f"not one patch was kept of {len(pairs)} pairs ({dropped} of low contrast, {len(bad)} pairs left out); "
                 f"try a --patch-size below {args.patch_size}. {out} was not written"
             )
-    print(f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, {len(bad)} left out")
+    print(
+        f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, "
+        f"{len(held_out)} held out, {len(bad)} left out"
+    )
     return EXIT_BAD_INPUT if bad else 0
 
 
@@ -115,6 +141,21 @@ def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
 def default_out(folders: list[tuple[Path, Path]], patch_size: int, stride: int) -> Path:
     names = "+".join(dict.fromkeys(vis.resolve().parent.name for vis, _ in folders))
     return Path("data") / f"{names}_imgsize_{patch_size}_stride_{stride}.h5"
+
+
+def read_middle(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of a pair, at most size x size: float32 in [0, 255] each.
+
+    Raises:
+        InputError: unreadable, of two sizes, or too small to be scored.
+    """
+    vis, ir = read_luma(pair.vis), read_luma(pair.ir)
+    check_same_size(pair, vis, ir)
+    if min(vis.shape) < SMALLEST_SCORED:
+        raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}; a pair to validate on needs {SMALLEST_SCORED}")
+    top, left = (max(0, side - size) // 2 for side in vis.shape)
+    middle = np.s_[top : top + size, left : left + size]
+    return vis[middle], ir[middle]
 
 
 def cut_patches(pair: Pair, size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,38 +1,44 @@
-"""Trains a fusion system on a patch file. The defaults are the published recipe of CDDFuse.
+"""Trains a fusion system on a patch file.
 
-    python train.py                                   # 40 + 80 epochs on data/MSRS_train_imgsize_128_stride_200.h5
+    python train.py                                   # our recipe on data/MSRS_train_imgsize_128_stride_200.h5
+    python train.py --recipe published                # the published one of CDDFuse: 40 + 80 epochs
     python train.py --resume auto                     # goes on where the last run in --out stopped
     python train.py --task mif --data data/MIF.h5     # medical images
+    torchrun --nproc-per-node=4 train.py              # on four GPUs; --batch-size stays that of all together
 
-Writes to --out (default runs/<system>_<task>): the weights in the published format, last.pt to resume from,
-and log.jsonl with one line an epoch.
+Writes to --out (default runs/<system>_<task>): the weights in the published format, the best of them on the
+held-out pairs of the patch file, last.pt and previous.pt to resume from, log.jsonl with one line an epoch,
+panels of fused held-out pairs, and curves for TensorBoard where it is installed.
+
+Exit code 0: trained to the end; 75: stopped before it by Ctrl-C, SIGTERM or --max-minutes, and saved (go on with
+--resume auto); 2: bad input.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import InputError, check_writable, git_commit, run_script, whole_file
-from utils.checkpoint import read_file, save_file
-from utils.inference import PRECISIONS, pick_device
-from utils.patches import PatchDataset, random_batches
-from zoo import SYSTEMS, TASKS, Batch, Stage, check_options, find_system, option
+from utils import InputError, check_writable, git_commit, run_script
+from utils.distributed import from_first, is_first, local_device, process_group, ranks
+from utils.inference import PRECISIONS, keep_freed_memory, pick_device
+from utils.monitor import Curves, draw_panel, validate, write_panel
+from utils.patches import PatchDataset
+from utils.training import Run, Stop, stop_now
+from zoo import SYSTEMS, TASKS, check_options, find_system, option
 
-COUNTERS = ("epoch", "step", "epochs_trained", "log")  # attributes of a Run that are stored as they are
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")
+PUBLISHED = "published"  # the recipe that every default is of
+EXIT_UNFINISHED = 75  # what sendmail and its kin say for "not done, try again"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Options:
     crop: int = option(0, "side of a random crop of each patch; 0: the whole patch", low=0)
     flips: bool = option(False, "flip and quarter-turn patches at random")
     epoch_batches: int = option(0, "steps an epoch; 0: one pass over the patches", low=0)
+    ema: float = option(0.0, "decay a step of the running average of the weights, which is what is kept; 0: none",
+                        low=0, below=1)  # fmt: skip
     precision: str = option("float32", "bfloat16: autocast, with the losses in float32", choices=tuple(PRECISIONS))
     seed: int = option(0, "of the first weights and of the order, crops and flips of the patches", low=0)
 
@@ -74,7 +82,7 @@ def take_options(args: argparse.Namespace, options: type) -> Any:
     return options(**{item.name: getattr(args, item.name) for item in dataclasses.fields(options)})
 
 
-def build_parser(system: type) -> argparse.ArgumentParser:
+def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--system", default="cddfuse", choices=SYSTEMS, help="what to train (default: cddfuse)")
@@ -84,234 +92,202 @@ def build_parser(system: type) -> argparse.ArgumentParser:
         choices=TASKS,
         help="; ".join(f"{k}: {v}" for k, v in TASKS.items()) + " (default: ivf)",
     )
+    add(
+        "--recipe",
+        choices=(PUBLISHED, *recipes_of(system)),
+        default=recipe,
+        help=f"where the defaults of all options below come from (default: {default_recipe(system)})",
+    )
     add("--data", type=Path, help=f"patch file (default, for ivf alone: {DATA})")
     add("--out", type=Path, help="folder of the run (default: runs/<system>_<task>)")
     add("--init", type=Path, help="weights to start from, in the published format, instead of random ones")
     add("--resume", metavar="auto|PATH", help="auto: go on from last.pt in --out if there is one; PATH: from that file")
+    add("--force", action="store_true", help="resume although options changed")
+    add("--max-minutes", type=float, default=0, metavar="M", help="stop, save and exit with code 75 after so long")
+    add("--save-every-minutes", type=float, default=1, metavar="M", help="between two checkpoints (default: 1)")
+    add("--validate-every", type=int, default=5, metavar="EPOCHS", help="and after the last; 0: never (default: 5)")
+    add("--compile", action="store_true", help="torch.compile the step: minutes at first, then faster on CUDA")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--debug", action="store_true", help="show tracebacks")
-    add_options(parser, "training loop (defaults: published)", Options)
-    add_options(parser, f"losses and stages of {system.label} (defaults: published)", system.Options)
+    add_options(parser, f"training loop (defaults: {recipe})", Options)
+    add_options(parser, f"losses and stages of {system.label} (defaults: {recipe})", system.Options)
+    parser.set_defaults(**recipes_of(system).get(recipe, {}))
     return parser
 
 
+def recipes_of(system: type) -> dict[str, dict[str, Any]]:
+    return getattr(system, "recipes", {})
+
+
+def default_recipe(system: type) -> str:
+    return next(iter(recipes_of(system)), PUBLISHED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    # The system decides which options there are, so it is looked for first.
+    # System and recipe decide which options there are, and their defaults, so they are looked for first.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--system", default="cddfuse", choices=SYSTEMS)
     system = find_system(first.parse_known_args(argv)[0].system)
-    return run_script(lambda args: train(args, system), build_parser(system).parse_args(argv))
+    first.add_argument("--recipe", default=default_recipe(system))
+    recipe = first.parse_known_args(argv)[0].recipe
+    return run_script(lambda args: train(args, system), build_parser(system, recipe).parse_args(argv))
 
 
 def train(args: argparse.Namespace, system: type) -> int:
+    started = time.monotonic()
+    device = local_device(pick_device(args.device))
+    keep_freed_memory()
+    with process_group(device):
+        run = prepare(args, system, device)
+        if run.epoch < run.epochs:
+            with Stop(args.max_minutes - (time.monotonic() - started) / 60 if args.max_minutes else 0) as stop:
+                train_on(run, stop, args)
+            if run.epoch < run.epochs:
+                if is_first():
+                    print(
+                        f"stopped by {stop.why or 'another process'} after {run.epoch} of {run.epochs} epochs and "
+                        f"{run.batch} batches; go on with the same command and --resume auto",
+                        file=sys.stderr,
+                    )
+                return EXIT_UNFINISHED
+        elif is_first() and not run.weights.exists():  # a finished run whose weights were moved away
+            with run.averaged():
+                run.model.save(run.weights, run.about())
+        if is_first():
+            print(
+                f"{run.weights}: {run.epochs} epochs done; score it with "
+                f"`python test_{args.task.upper()}.py --weights {run.weights}`"
+            )
+    return 0
+
+
+def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run:
+    """Everything that can be wrong is found here, before the first step and before anything is written."""
     options, system_options = take_options(args, Options), take_options(args, system.Options)
-    device = pick_device(args.device)
+    if min(args.max_minutes, args.save_every_minutes, args.validate_every) < 0:
+        raise InputError("--max-minutes, --save-every-minutes and --validate-every must be at least 0")
     if args.data is None and args.task != "ivf":
         raise InputError(f"--task {args.task} needs a --data file; make one with `python dataprocessing.py`")
     args.data = args.data or DATA
     dataset = PatchDataset(args.data)
+    check_batches(options, system, dataset, args.data)
+    settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
+    settings |= {"patches": len(dataset), "patches_digest": dataset.digest}
+    facts = {"data": args.data.name, "init": str(args.init or ""), "commit": git_commit(), "recipe": args.recipe}
+
+    torch.manual_seed(options.seed)
+    model = system().to(device)
+    if ranks() > 1 and device.type == "cuda":  # statistics over the whole batch, for systems with batch norm
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    out = args.out or Path("runs") / f"{args.system}_{args.task}"
+    stages = model.stages(system_options, args.task)
+    run = Run(model, stages, options, dataset, settings, facts, out, f"{system.label}_{args.task.upper()}.pth")
+    run.compile = args.compile
+    resumed = resume(run, args)
+    if not resumed and args.init:
+        model.load_published(args.init)
+        run.restart_average()
+    if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
+        raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
+    check_writable(out)
+    dataset.move_to(device)
+    if is_first():
+        if resumed:
+            print(f"resumed from {resumed}: {run.epoch} of {run.epochs} epochs and {run.batch} batches done")
+        processes = f" in {ranks()} processes" if ranks() > 1 else ""
+        print(
+            f"{system.label}, {args.task}, recipe {args.recipe}: {len(dataset)} patches and {len(dataset.held_out)} "
+            f"held-out pairs of {args.data}, {run.epochs} epochs of {run.epoch_batches} steps, {device}{processes}, "
+            f"to {out}"
+        )
+        print(", ".join(f"{name}={value}" for name, value in run.settings.items()))
+    return run
+
+
+def check_batches(options: Options, system: type, dataset: PatchDataset, data: Path) -> None:
+    """
+    Raises:
+        InputError: crops or patches, or what is in a batch, are too small for the system; or a batch cannot be
+            shared equally.
+    """
     side = options.crop or dataset.size
     if not system.smallest_patch <= side <= dataset.size:
         raise InputError(
             f"{'--crop' if options.crop else 'patches'} of {side} pixels: {system.label} trains on at least "
-            f"{system.smallest_patch}, and the patches of {args.data} have {dataset.size}"
+            f"{system.smallest_patch}, and the patches of {data} have {dataset.size}"
         )
-    out = args.out or Path("runs") / f"{args.system}_{args.task}"
-    weights, last = out / f"{system.label}_{args.task.upper()}.pth", out / "last.pt"
-    run = Run(args, system, options, system_options, device, dataset)
-    resume_from = find_resume(args.resume, last)
-    if resume_from:
-        run.load(resume_from)
-        print(f"resumed from {resume_from}: {run.epoch} of {run.epochs} epochs done")
-    elif args.init:
-        run.model.load_published(args.init)
-    if resume_from != last and (last.exists() or weights.exists()):
-        raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
-    check_writable(out)
-    print(
-        f"{system.label}, {args.task}: {len(dataset)} patches of {args.data}, {run.epochs} epochs, {device}, to {out}"
-    )
-    print(", ".join(f"{name}={value}" for name, value in run.settings.items()))
-
-    for epoch in range(run.epoch, run.epochs):
-        stage, epoch_in_stage = run.stage_of(epoch)
-        description = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}"
-        batches = random_batches(
-            dataset, options.batch_size, (options.seed, epoch),
-            crop=options.crop, flips=options.flips, batches=options.epoch_batches,
-        )  # fmt: skip
-        bar = tqdm(batches, desc=description, total=run.epoch_batches, unit="batch", disable=None)
-        line = {"epoch": epoch + 1, "stage": stage.name, **train_epoch(run, stage, bar)}
-        run.finish_epoch(line)
-        # last.pt after the weights: what it says is done is done.
-        run.model.save(weights, run.about())
-        run.save(last)
-        run.write_log(out / "log.jsonl")
-        tqdm.write(f"{description}: total loss {line['losses']['total']:.4f}, {line['seconds']:.0f} s")
-    if not weights.exists():  # a finished run whose weights were moved away
-        run.model.save(weights, run.about())
-    print(
-        f"{weights}: {run.epochs} epochs done; score it with `python test_{args.task.upper()}.py --weights {weights}`"
-    )
-    return 0
-
-
-def train_epoch(run: Run, stage: Stage, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """One epoch of a stage. Returns the means of every loss term and other things worth a log line."""
-    run.train_only(stage)
-    precision = run.options.precision
-    started = time.perf_counter()
-    sums: dict[str, float] = {}
-    patches = 0
-    for vis, ir in batches:
-        run.set_learning_rates()
-        batch = Batch(vis.to(run.device), ir.to(run.device))
-        with torch.autocast(run.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-            terms = stage.losses(batch)
-        values = {name: value.item() for name, value in terms.items()}
-        check_finite(run, values)
-        run.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        limit = run.options.clip_norm or math.inf
-        norms = {k: nn.utils.clip_grad_norm_(n.parameters(), limit).item() for k, n in stage.networks.items()}
-        check_finite(run, {f"gradient norm of {name}": norm for name, norm in norms.items()})
-        run.optimizer.step()
-        run.step += 1
-        patches += len(vis)
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * len(vis)
-        if isinstance(batches, tqdm):
-            batches.set_postfix(loss=f"{values['total']:.4f}", refresh=False)
-    seconds = time.perf_counter() - started
-    return {
-        "step": run.step,
-        "losses": {name: value / patches for name, value in sums.items()},
-        "learning_rates": {group["name"]: group["lr"] for group in run.optimizer.param_groups},
-        "seconds": round(seconds, 2),
-        "patches_per_second": round(patches / seconds, 2),
-    }
-
-
-def check_finite(run: Run, values: dict[str, float]) -> None:
-    """Stops a run before the step that would spoil its weights.
-
-    Raises:
-        InputError: a value is NaN or infinite; the names are given.
-    """
-    bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
+    smallest = getattr(system, "smallest_batch", 1) * ranks()
+    if options.batch_size % ranks() or options.batch_size < smallest:
         raise InputError(
-            f"not finite before step {run.step + 1}: {', '.join(bad)}. What was saved after the last whole epoch is "
-            "kept; try a smaller --learning-rate, or --precision float32"
+            f"--batch-size {options.batch_size} must be a multiple of the {ranks()} processes and at least {smallest} "
+            f"for {system.label}"
         )
+    if not options.epoch_batches and len(dataset) < smallest:
+        raise InputError(f"{data} holds {len(dataset)} patches; {system.label} needs {smallest}: set --epoch-batches")
 
 
-class Run:
-    """All that changes during a training, and how it is stored: model, optimiser, counters, log."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        system: type,
-        options: Options,
-        system_options: Any,
-        device: torch.device,
-        dataset: PatchDataset,
-    ) -> None:
-        torch.manual_seed(options.seed)
-        self.options, self.device = options, device
-        self.model = system().to(device)
-        self.stages = self.model.stages(system_options, args.task)
-        # What a resumed run must have in common with the one it goes on with.
-        self.settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
-        self.settings |= {"patches": len(dataset), "patches_digest": dataset.digest()}
-        self.facts = {"data": args.data.name, "init": str(args.init or ""), "commit": git_commit()}
-        self.epochs = sum(stage.epochs for stage in self.stages)
-        self.epoch_batches = options.epoch_batches or -(-len(dataset) // options.batch_size)
-        self.epoch = self.step = 0
-        self.log: list[dict[str, Any]] = []
-        self.networks = {name: network for stage in self.stages for name, network in stage.networks.items()}
-        self.epochs_trained = dict.fromkeys(self.networks, 0)
-        # Adam keeps its state by parameter: one optimiser with a group a network is four published ones.
-        groups = [{"name": name, "params": list(network.parameters())} for name, network in self.networks.items()]
-        self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate)
-
-    def stage_of(self, epoch: int) -> tuple[Stage, int]:
-        """The stage that an epoch (from 0) belongs to, and its number within the stage."""
-        for stage in self.stages:
-            if epoch < stage.epochs:
-                return stage, epoch
-            epoch -= stage.epochs
-        raise IndexError(epoch)
-
-    def train_only(self, stage: Stage) -> None:
-        for name, network in self.networks.items():
-            network.requires_grad_(name in stage.networks)
-
-    def set_learning_rates(self) -> None:
-        """Sets each network's rate for the coming step; the rate is a function of counters, with no state."""
-        options = self.options
-        warmup = min(1.0, (self.step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
-        for group in self.optimizer.param_groups:
-            if options.schedule == "step":
-                factor = options.lr_factor ** (self.epochs_trained[group["name"]] // options.lr_epochs)
-            else:
-                factor = 0.5 + 0.5 * math.cos(math.pi * self.step / (self.epochs * self.epoch_batches))
-            floor = min(options.min_lr, options.learning_rate)
-            group["lr"] = warmup * max(factor * options.learning_rate, floor)
-
-    def finish_epoch(self, line: dict[str, Any]) -> None:
-        """Counts an epoch.
-
-        Raises:
-            InputError: its last step made a weight NaN or infinite; nothing of it is saved.
-        """
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            check_finite(self, {"weights": math.nan})
-        for name in self.stage_of(self.epoch)[0].networks:
-            self.epochs_trained[name] += 1
-        self.epoch += 1
-        self.log.append(line)
-
-    def about(self) -> dict[str, Any]:
-        """What is stored beside the weights."""
-        facts = {"epochs": self.epoch, "steps": self.step, "torch": str(torch.__version__), "device": str(self.device)}
-        return {**self.settings, **self.facts, **facts}
-
-    def save(self, path: Path) -> None:
-        save_file(path, {
-            **{name: getattr(self, name) for name in COUNTERS}, "settings": self.settings, "about": self.about(),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-        })  # fmt: skip
-
-    def load(self, path: Path) -> None:
-        saved = read_file(path, self.device)
-        if not {*COUNTERS, "settings", "about", "model", "optimizer"} <= saved.keys():
-            raise InputError(f"{path} is not a file to resume from; train.py writes last.pt for that")
-        changed = [f"{key} {saved['settings'].get(key)!r} -> {value!r}"
-                   for key, value in self.settings.items() if saved["settings"].get(key) != value]  # fmt: skip
-        if changed:
-            raise InputError(f"the options differ from those of {path}: {'; '.join(changed)}; give the former ones")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for name in COUNTERS:
-            setattr(self, name, saved[name])
-        before = saved["about"]["commit"]
-        if self.facts["commit"] not in before.split(", then "):
-            before += f", then {self.facts['commit']}"
-        self.facts |= {"commit": before, "init": saved["about"]["init"]}
-
-    def write_log(self, path: Path) -> None:
-        """Every epoch's line, whole: after a crash and a resume no epoch is missing or there twice."""
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+def resume(run: Run, args: argparse.Namespace) -> Path | None:
+    """Takes up the run that --resume names, and returns its file; None for a fresh run."""
+    if args.resume is None:
+        return None
+    if args.resume == "auto":
+        return run.resume(force=args.force)
+    run.load(Path(args.resume), force=args.force)
+    return Path(args.resume)
 
 
-def find_resume(resume: str | None, last: Path) -> Path | None:
-    """The file to resume from: none without --resume, and none for `auto` in a fresh folder."""
-    if resume == "auto":
-        return last if last.exists() else None
-    return Path(resume) if resume is not None else None
+def train_on(run: Run, stop: Stop, args: argparse.Namespace) -> None:
+    """Trains to the end, or to where it is asked to stop, and saves."""
+    curves = Curves(run.out / "tensorboard", run.step) if is_first() else None
+    saved = time.monotonic()
+    while run.epoch < run.epochs:
+        for seen in run.train_epoch():
+            if curves:
+                curves.scalars(seen.pop("step"), seen)
+            if stop_now(stop, run.device):
+                run.save()
+                return
+            if run.batch < run.epoch_batches and time.monotonic() - saved > 60 * args.save_every_minutes:
+                save_or_go_on(run)
+                saved = time.monotonic()
+        finish_epoch(run, args, curves)
+        if run.epoch == run.epochs or time.monotonic() - saved > 60 * args.save_every_minutes:
+            (run.save if run.epoch == run.epochs else lambda: save_or_go_on(run))()
+            saved = time.monotonic()
+    if curves:
+        curves.close()
+
+
+def save_or_go_on(run: Run) -> None:
+    """A checkpoint that cannot be written is a reason to warn, not to throw hours of work away."""
+    try:
+        run.save()
+    except OSError as error:
+        tqdm.write(f"warning: {error}; training goes on, and the next checkpoint is tried in time", file=sys.stderr)
+
+
+def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> None:
+    """Validation where it is due, and what there is to see of the epoch."""
+    line = run.log[-1]
+    stage, epoch_in_stage = run.stage_of(run.epoch - 1)
+    text = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}: total loss {line['losses']['total']:.4f}"
+    text += f", {line['seconds']:.0f} s"
+    pairs = run.dataset.held_out
+    due = args.validate_every and ((epoch_in_stage + 1) % args.validate_every == 0 or run.epoch == run.epochs)
+    if pairs and due and is_first():
+        with run.averaged():
+            losses, metrics = validate(run.model, stage, args.task, pairs, run.options.precision)
+            panel = draw_panel(run.model, args.task, pairs)
+        line["validation"] = {"losses": losses, "metrics": metrics}
+        text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+        write_panel(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
+        if stage is run.stages[-1]:
+            run.save_best(losses["total"])
+        if curves:
+            curves.scalars(run.step, {"validation": line["validation"]})
+            curves.image(run.step, "panel", panel)
+    if is_first():
+        tqdm.write(text)
 
 
 if __name__ == "__main__":

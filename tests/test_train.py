@@ -11,6 +11,7 @@ import torch
 import train
 from utils.checkpoint import read_file, save_file
 from utils.patches import PatchDataset, PatchWriter
+from utils.training import Run
 from zoo import SYSTEMS, Stage, find_system
 from zoo.cddfuse import CDDFuseSystem
 
@@ -26,7 +27,8 @@ def patch_file(tmp_path):
 
 
 def run(patch_file, out, *options, epochs=(1, 1)):
-    argv = ["--data", str(patch_file), "--out", str(out), "--device", "cpu", "--batch-size", "4"]
+    argv = ["--data", str(patch_file), "--out", str(out), "--device", "cpu", "--recipe", "published"]
+    argv += ["--batch-size", "4"]
     argv += ["--stage1-epochs", str(epochs[0]), "--stage2-epochs", str(epochs[1]), *options]
     return train.main(argv)
 
@@ -39,16 +41,16 @@ def weights(out):
 def test_resumed_run_repeats_the_straight_one_bit_for_bit(patch_file, tmp_path, monkeypatch):
     assert run(patch_file, tmp_path / "a", "--flips", "--crop", "12", epochs=(2, 2)) == 0
 
-    train_epoch, calls = train.train_epoch, []
+    train_step, calls = Run.train_step, []
 
-    def dies_in_epoch_3(*args):  # the middle of stage two
+    def dies_in_step_6(*args):  # the middle of an epoch of stage two
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 6:
             raise KeyboardInterrupt
-        return train_epoch(*args)
+        return train_step(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_epoch", dies_in_epoch_3)
+        patched.setattr(Run, "train_step", dies_in_step_6)
         assert run(patch_file, tmp_path / "b", "--flips", "--crop", "12", epochs=(2, 2)) == 130
     assert run(patch_file, tmp_path / "b", "--flips", "--crop", "12", "--resume", "auto", epochs=(2, 2)) == 0
     straight, resumed = weights(tmp_path / "a"), weights(tmp_path / "b")

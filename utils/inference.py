@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,21 @@ def pick_device(name: str = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     return device
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep the memory that a step or an image frees, for the next one. For scripts.
+
+    glibc gives large blocks back to the system at once and gets fresh, zeroed pages for the next: on the CPU that
+    was measured to take up to a third of a training step. Elsewhere this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    trim_threshold, mmap_threshold, kept = -1, -3, 2**30  # the names of malloc.h
+    mallopt(mmap_threshold, kept)
+    mallopt(trim_threshold, kept)
 
 
 def to_network(grey: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

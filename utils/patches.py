@@ -6,15 +6,20 @@ Two layouts are read:
   where the patches come from.
 - published: groups `vis_patchs` and `ir_patchs` (spelt so) with one float32 dataset (1, H, W) in [0, 1] a patch,
   named by its running number.
+
+Either may also hold pairs that were kept out of the training: a group `validation` with one uint8 array
+(2, H, W), visible and infrared, a pair. Readers of the published layout do not look at it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -26,6 +31,22 @@ from utils import InputError, whole_file
 
 LAYOUTS = ("compact", "published")
 _GROUPS = {"vis": "vis_patchs", "ir": "ir_patchs"}
+_VALIDATION = "validation"
+
+
+class Batch(NamedTuple):
+    """Training patches, (B, 1, H, W) in [0, 1] each."""
+
+    vis: Tensor
+    ir: Tensor
+
+
+class HeldOut(NamedTuple):
+    """A pair that no patch was cut from: grey levels, uint8 (H, W) each."""
+
+    name: str
+    vis: np.ndarray
+    ir: np.ndarray
 
 
 def patch_windows(height: int, width: int, size: int, stride: int) -> list[tuple[slice, slice]]:
@@ -90,6 +111,12 @@ class PatchWriter:
                 self._file[name][self.count :] = np.round(patches).astype(np.uint8)
         self.count += len(vis)
 
+    def hold_out(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
+        """Stores a pair (H, W) of grey levels in [0, 255] for validation, rounded half to even."""
+        group = self._file.require_group(_VALIDATION)
+        pair = np.round(np.stack([vis, ir])).astype(np.uint8)
+        group.create_dataset(f"{len(group):06d}", data=pair, compression="gzip").attrs["name"] = name
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -104,6 +131,11 @@ class PatchDataset(Dataset):
 
     All patches are held in memory in the type of the file (MSRS in the compact layout: about 0.2 GB).
 
+    Attributes:
+        vis, ir: the patches as stored, (N, H, W).
+        held_out: the pairs that were kept for validation.
+        about: what the file says of itself.
+
     Raises:
         FileNotFoundError: no such file.
         InputError: not a patch file, damaged, empty, or unequal numbers of patches.
@@ -117,6 +149,8 @@ class PatchDataset(Dataset):
             with h5py.File(path, "r") as file:
                 vis, ir = (_read_patches(file, name) for name in ("vis", "ir"))
                 self.about = {key: _plain(value) for key, value in file.attrs.items()}
+                pairs = file.get(_VALIDATION, {})
+                self.held_out = [HeldOut(str(pairs[key].attrs["name"]), *pairs[key][:]) for key in sorted(pairs)]
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise InputError(
                 f"{path} is not a readable patch file ({error}); make it again with `python dataprocessing.py`"
@@ -138,11 +172,21 @@ class PatchDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return to_unit(self.vis[index])[None], to_unit(self.ir[index])[None]
 
+    @functools.cached_property
     def digest(self) -> str:
         """A short hash of all patches: two files with equal patches have equal digests."""
-        digest = hashlib.blake2b(self.vis.numpy().data, digest_size=16)
-        digest.update(self.ir.numpy().data)
+        digest = hashlib.blake2b(self.vis.cpu().numpy().data, digest_size=16)
+        digest.update(self.ir.cpu().numpy().data)
         return digest.hexdigest()
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves all patches to a GPU where they take less than half of its free memory.
+
+        Elsewhere they stay where they are; batches are then cut on the CPU while the GPU computes.
+        """
+        size = self.vis.nbytes + self.ir.nbytes
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            self.vis, self.ir = self.vis.to(device), self.ir.to(device)
 
     @property
     def size(self) -> int:
@@ -156,35 +200,62 @@ def to_unit(patches: Tensor) -> Tensor:
 
 
 def random_batches(
-    dataset: PatchDataset, batch_size: int, seed: Sequence[int], *, crop: int = 0, flips: bool = False, batches: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled (vis, ir) batches, (B, 1, h, w) float32 in [0, 1] on the CPU.
+    dataset: PatchDataset,
+    batch_size: int,
+    seed: Sequence[int],
+    *,
+    crop: int = 0,
+    flips: bool = False,
+    batches: int = 0,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+    smallest: int = 1,
+) -> Iterator[Batch]:
+    """One epoch of shuffled batches, where the patches are; pixels in [0, 1].
 
-    What is drawn depends on the arguments alone, so an epoch can be repeated without any stored state.
+    What is drawn depends on the arguments alone, so an epoch can be repeated, or gone on with in its middle,
+    without any stored state.
 
     Args:
         dataset: the patches.
-        batch_size: patches a batch; the last batch of an epoch may be smaller, as published.
+        batch_size: patches a batch, over all processes; the last batch of an epoch may be smaller, as published.
         seed: whole numbers, e.g. (seed of the run, epoch).
         crop: side of a random crop of each patch; 0 takes whole patches.
-        flips: flip and quarter-turn at random.
+        flips: flip and quarter-turn at random; patches that are not square are flipped only.
         batches: how many batches to draw, reshuffling when the patches run out; 0 is one pass.
+        start: the first batch wanted, from 0.
+        part: (i, n) gives every n-th patch of each batch from the i-th on, for one of n processes.
+        smallest: fewest patches a process can train on. The last batch is cut so that all processes get equally
+            many, and is left out when that is fewer.
     """
     rng = np.random.default_rng(seed)
     wanted = batches * batch_size or len(dataset)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(-(-wanted // len(dataset)))])[:wanted]
-    for start in range(0, wanted, batch_size):
-        vis, ir = [], []
-        for index in order[start : start + batch_size]:
-            top, left = (rng.integers(length - crop + 1) if crop else 0 for length in dataset.vis.shape[1:])
-            turns, flip = (rng.integers(4), rng.integers(2)) if flips else (0, 0)
-            for images, source in ((vis, dataset.vis), (ir, dataset.ir)):
-                patch = source[index]
-                if crop:
-                    patch = patch[top : top + crop, left : left + crop]
-                patch = patch.rot90(int(turns)) if turns else patch
-                images.append(patch.flip(1) if flip else patch)
-        yield to_unit(torch.stack(vis))[:, None], to_unit(torch.stack(ir))[:, None]
+    height, width = ((crop or side) for side in dataset.vis.shape[1:])
+    # Everything is drawn first: the batch that is asked for does not depend on where the epoch is begun.
+    tops, lefts = (rng.integers(whole - side + 1, size=wanted) for whole, side in
+                   zip(dataset.vis.shape[1:], (height, width), strict=True))  # fmt: skip
+    flip_rows, flip_columns, turn = rng.integers(2, size=(3, wanted)).astype(bool) & flips
+    turn &= height == width
+    index, count = part
+    for first in range(start * batch_size, wanted, batch_size):
+        each = min(batch_size, wanted - first) // count
+        if each < smallest:
+            break
+        take = slice(first + index, first + each * count, count)
+        rows, columns = np.arange(height), np.arange(width)
+        rows = tops[take, None] + np.where(flip_rows[take, None], rows[::-1], rows)
+        columns = lefts[take, None] + np.where(flip_columns[take, None], columns[::-1], columns)
+        y, x = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
+        # A quarter turn is a flip and this: rows become columns.
+        y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
+        n, y, x = (torch.from_numpy(axis).to(dataset.vis.device) for axis in (order[take, None, None], y, x))
+        yield Batch(*(to_unit(source[n, y, x])[:, None] for source in (dataset.vis, dataset.ir)))
+
+
+def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: int = 1) -> int:
+    """How many batches one pass of `random_batches` gives."""
+    return patches // batch_size + (patches % batch_size // count >= smallest)
 
 
 def _read_patches(file: h5py.File, name: str) -> np.ndarray:

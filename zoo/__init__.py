@@ -12,6 +12,14 @@ A system is a class that is an `nn.Module` and has
 - `stages(options, task)`: the training, as a list of `Stage`;
 - `load_published(path)` and `save(path, about)`: its checkpoint files.
 
+It may also have
+
+- `recipes`: name -> values of training options that differ from their defaults, the published ones;
+- `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
+- `smallest_batch`: fewest patches that a training step can do with, 1 where it does not say.
+
+Parameters that it creates with `requires_grad` off stay untrained.
+
 A new system is a file in this folder and a line in `SYSTEMS`.
 """
 
@@ -22,11 +30,14 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from utils import InputError
+from utils.patches import Batch
+
+__all__ = ["SYSTEMS", "TASKS", "Batch", "Stage", "check_options", "find_system", "option"]
 
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
@@ -35,10 +46,17 @@ SYSTEMS = {"cddfuse": ("zoo.cddfuse", "CDDFuseSystem")}
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), above: float | None = None, low: float | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    above: float | None = None,
+    low: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A field of an options dataclass: default, explanation, and what is allowed; see `check_options`."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "above": above, "low": low})
+    rule = {"help": help, "choices": choices, "above": above, "low": low, "below": below}
+    return dataclasses.field(default=default, metadata=rule)
 
 
 def check_options(options: Any) -> None:
@@ -58,15 +76,10 @@ def check_options(options: Any) -> None:
             problems.append(f"{name} must be more than {rule['above']}, got {value}")
         elif rule["low"] is not None and value < rule["low"]:
             problems.append(f"{name} must be at least {rule['low']}, got {value}")
+        elif rule["below"] is not None and value >= rule["below"]:
+            problems.append(f"{name} must be less than {rule['below']}, got {value}")
     if problems:
         raise InputError("; ".join(problems))
-
-
-class Batch(NamedTuple):
-    """Training patches, (B, 1, H, W) in [0, 1] each."""
-
-    vis: Tensor
-    ir: Tensor
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class Options:
     gradient_weight_1: float = option(5.0, "weight of the gradient of the visible reconstruction", low=0)
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
     ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
+    gradient_images: str = option("vis", "reconstructions that --gradient-weight-1 is for: vis is the published code's",
+                                  choices=("vis", "both"))  # fmt: skip
+    decoder_image: str = option("auto", "what the decoder adds in stage two; auto: vis, or none for --task mif",
+                                choices=("auto", *net.SKIPS))  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -40,6 +44,13 @@ class CDDFuseSystem(net.CDDFuse):
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     Options = Options
+    # What measured better than the published recipe (benchmarks/RESULTS.md).
+    recipes = {
+        "ours": {
+            "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "ema": 0.998, "crop": 64, "flips": True,
+            "precision": "bfloat16", "epoch_batches": 500, "stage1_epochs": 4, "stage2_epochs": 26,
+        },
+    }  # fmt: skip
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
@@ -51,7 +62,7 @@ class CDDFuseSystem(net.CDDFuse):
 
     def stages(self, options: Options, task: str) -> list[Stage]:
         """Decomposition, then fusion. For medical images the decoder is never given an image."""
-        skip = "none" if task == "mif" else "vis"
+        skip = {"auto": "none" if task == "mif" else "vis"}.get(options.decoder_image, options.decoder_image)
         pair_networks = {"encoder": self.encoder, "decoder": self.decoder}
         all_networks = {**pair_networks, "base_fusion": self.base_fusion, "detail_fusion": self.detail_fusion}
 
@@ -64,13 +75,16 @@ class CDDFuseSystem(net.CDDFuse):
             weights = {"ssim_weight": options.ssim_weight, "form": options.ssim_form}
             terms["reconstruction_vis"] = reconstruction_loss(batch.vis, vis_rebuilt, **weights)
             terms["reconstruction_ir"] = reconstruction_loss(batch.ir, ir_rebuilt, **weights)
-            terms["gradient_vis"] = gradient_loss(batch.vis, vis_rebuilt)  # visible alone, as published
+            terms["gradient_vis"] = gradient_loss(batch.vis, vis_rebuilt)
             terms["total"] = (
                 terms["reconstruction_vis"]
                 + terms["reconstruction_ir"]
                 + options.decomposition_weight * terms["decomposition"]
                 + options.gradient_weight_1 * terms["gradient_vis"]
             )
+            if options.gradient_images == "both":
+                terms["gradient_ir"] = gradient_loss(batch.ir, ir_rebuilt)
+                terms["total"] = terms["total"] + options.gradient_weight_1 * terms["gradient_ir"]
             return terms
 
         def fusion_losses(batch: Batch) -> dict[str, Tensor]:
@@ -85,6 +99,12 @@ class CDDFuseSystem(net.CDDFuse):
             Stage("decomposition", options.stage1_epochs, pair_networks, decomposition_losses),
             Stage("fusion", options.stage2_epochs, all_networks, fusion_losses),
         ]
+
+    def features(self, vis: Tensor, ir: Tensor) -> dict[str, Tensor]:
+        """Base and detail features of both images: (1, 1, H, W) twice -> name -> (1, 64, H, W)."""
+        base, detail, _ = self.encoder(torch.cat([vis, ir]))
+        maps = (*base.split(1), *detail.split(1))
+        return dict(zip(("base vis", "base ir", "detail vis", "detail ir"), maps, strict=True))
 
     def load_published(self, path: Path | str) -> dict[str, Any]:
         """Loads a file in the published format; see `utils.checkpoint.load_checkpoint`."""

@@ -1,0 +1,478 @@
+"""The training loop that serves every system: one step, the state of a run, and how it survives.
+
+All that a run is can be stored after any step and taken up again; on a CPU the result is then, bit for bit, that
+of the run that was never stopped. Two checkpoints are kept, so that a damaged one costs a minute, not a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from utils import InputError, whole_file
+from utils.checkpoint import read_file, save_file
+from utils.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
+from utils.inference import PRECISIONS
+from utils.patches import Batch, PatchDataset, batches_in_epoch, random_batches
+
+if TYPE_CHECKING:
+    from zoo import Stage
+
+# Attributes of a Run that are stored as they are.
+COUNTERS = ("epoch", "batch", "step", "epochs_trained", "seconds", "sums", "best", "log")
+# Looking at a loss makes a GPU wait for the host, so there it is looked at after so many steps only.
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 25}
+EMA_WARMUP = 10  # steps in which the average forgets the first weights faster than its decay says
+
+
+class Run:
+    """A training: model, optimiser, counters and log, and the step that moves them on.
+
+    Args:
+        model: a system of the zoo, on its device.
+        stages: its training.
+        options: those of the loop, `train.Options`.
+        dataset: the patches.
+        settings: what a resumed run must have in common with the one it goes on with, by option name.
+        facts: plain values to store beside the weights; `commit` and `init` among them.
+        out: folder of the run.
+        weights: name of the file of weights in it.
+
+    Attributes:
+        epoch, batch: whole epochs done, and batches done of the present one.
+        step: optimiser steps done.
+        epochs_trained: for each network, the epochs in which it was trained.
+        seconds: time spent in steps, over all sessions.
+        sums: of the loss terms of the present epoch, times patches; patches under "".
+        best: lowest validation loss of the last stage, None before the first.
+        log: one line an epoch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stages: list[Stage],
+        options: Any,
+        dataset: PatchDataset,
+        settings: dict[str, Any],
+        facts: dict[str, Any],
+        out: Path,
+        weights: str,
+    ) -> None:
+        self.model, self.stages, self.options, self.dataset = model, stages, options, dataset
+        self.settings, self.facts = settings, facts
+        self.out, self.weights = out, out / weights
+        self.last, self.previous = out / "last.pt", out / "previous.pt"
+        self.device = next(model.parameters()).device
+        self.epochs = sum(stage.epochs for stage in stages)
+        self.smallest_batch = getattr(model, "smallest_batch", 1)
+        self.epoch_batches = options.epoch_batches or batches_in_epoch(
+            len(dataset), options.batch_size, ranks(), self.smallest_batch
+        )
+        self.epoch = self.batch = self.step = 0
+        self.seconds, self.best = 0.0, None
+        self.sums: dict[str, float] = {}
+        self.log: list[dict[str, Any]] = []
+        self.networks = {name: network for stage in stages for name, network in stage.networks.items()}
+        self.epochs_trained = dict.fromkeys(self.networks, 0)
+        # What a network registers but never uses is frozen by its system and stays so.
+        self.frozen = {p for network in self.networks.values() for p in network.parameters() if not p.requires_grad}
+        # Adam keeps its state by parameter: one optimiser with a group a network is four published ones.
+        groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
+        self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=self.device.type in ("cpu", "cuda"))
+        state = [value for value in model.state_dict().values() if value.is_floating_point()]
+        self.floating: list[Tensor] = state
+        self.ema = [value.clone() for value in state] if options.ema else []
+        self.compile = False
+        self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
+        self.looked_at = self.step
+        self.unseen: list[tuple[int, list[str], Tensor]] = []
+        self.started = time.monotonic()
+
+    def trained(self, network: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in network.parameters() if parameter not in self.frozen]
+
+    def stage_of(self, epoch: int) -> tuple[Stage, int]:
+        """The stage that an epoch (from 0) belongs to, and its number within the stage."""
+        for stage in self.stages:
+            if epoch < stage.epochs:
+                return stage, epoch
+            epoch -= stage.epochs
+        raise IndexError(epoch)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stage_of(self.epoch)[0]
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, show: bool = True) -> Iterator[dict[str, Any]]:
+        """Goes on with the present epoch and ends with it; yields what is known of the steps after each look.
+
+        Raises:
+            InputError: a loss, a gradient or a weight is not finite, or the memory is too small.
+        """
+        options, stage = self.options, self.stage
+        for name, network in self.networks.items():
+            for parameter in self.trained(network):
+                parameter.requires_grad_(name in stage.networks)
+        self.model.train()
+        losses = _StageLosses(stage)
+        if self.compile:
+            losses = torch.compile(losses)
+        if ranks() > 1:
+            losses = DistributedDataParallel(losses)
+        batches = random_batches(
+            self.dataset, options.batch_size, (options.seed, self.epoch), crop=options.crop, flips=options.flips,
+            batches=options.epoch_batches, start=self.batch, part=(rank(), ranks()), smallest=self.smallest_batch,
+        )  # fmt: skip
+        _, epoch_in_stage = self.stage_of(self.epoch)
+        title = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}"
+        hide = None if show and is_first() else True
+        with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide) as bar:
+            since = time.perf_counter()
+            for batch in batches:
+                self.train_step(stage, losses, Batch(*(x.to(self.device, non_blocking=True) for x in batch)))
+                bar.update()
+                if self.step - self.looked_at < self.steps_between_looks and self.batch < self.epoch_batches:
+                    continue
+                patches = self.sums.get("", 0.0)
+                seen = self.look()
+                now = time.perf_counter()
+                self.seconds += now - since
+                seen["patches_per_second"] = (self.sums[""] - patches) * ranks() / (now - since)
+                since = now
+                bar.set_postfix(loss=f"{seen['losses']['total']:.4f}", refresh=False)
+                yield seen
+                since = time.perf_counter()
+        self.finish_epoch()
+
+    def train_step(self, stage: Stage, losses: nn.Module, batch: Batch) -> None:
+        """One step of the optimiser. Nothing in it makes a GPU wait for the host."""
+        self.set_learning_rates()
+        precision = self.options.precision
+        try:
+            with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+                terms = losses(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            terms["total"].backward()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise InputError(self.advise_on_memory(stage, batch)) from error
+        limit = self.options.clip_norm or math.inf
+        norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in stage.networks.items()}
+        values = {**terms, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
+        self.unseen.append((len(batch.vis), list(values), torch.stack([v.detach().double() for v in values.values()])))
+        if self.steps_between_looks == 1:
+            self.check_finite()  # before the step that would spoil the weights
+        self.optimizer.step()
+        self.step += 1
+        self.batch += 1
+        if self.ema:
+            decay = min(self.options.ema, (1 + self.step) / (EMA_WARMUP + self.step))
+            torch._foreach_lerp_(self.ema, self.floating, 1 - decay)
+
+    def set_learning_rates(self) -> None:
+        """Sets each network's rate for the coming step; the rate is a function of counters, with no state."""
+        options = self.options
+        warmup = min(1.0, (self.step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+        for group in self.optimizer.param_groups:
+            if options.schedule == "step":
+                factor = options.lr_factor ** (self.epochs_trained[group["name"]] // options.lr_epochs)
+            else:
+                factor = 0.5 + 0.5 * math.cos(math.pi * self.step / (self.epochs * self.epoch_batches))
+            floor = min(options.min_lr, options.learning_rate)
+            group["lr"] = warmup * max(factor * options.learning_rate, floor)
+
+    def check_finite(self) -> list[dict[str, float]]:
+        """The values of the steps since the last look.
+
+        Raises:
+            InputError: one is NaN or infinite; the names are given.
+        """
+        seen = [dict(zip(names, values.tolist(), strict=True)) for _, names, values in self.unseen]
+        bad = [f"{name} {value}" for values in seen for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise InputError(
+                f"not finite at step {self.step + 1}: {', '.join(dict.fromkeys(bad))}. The last checkpoint in "
+                f"{self.out} is kept; try a smaller --learning-rate, or --precision float32"
+            )
+        return seen
+
+    def look(self) -> dict[str, Any]:
+        """Waits for the steps since the last look, adds their losses up and returns the newest values.
+
+        Raises:
+            InputError: as `check_finite`.
+        """
+        seen = self.check_finite()
+        for (patches, _, _), values in zip(self.unseen, seen, strict=True):
+            self.sums[""] = self.sums.get("", 0.0) + patches
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value * patches
+        newest, norms = seen[-1], {}
+        for name in [name for name in newest if name.startswith("gradient norm of ")]:
+            norms[name.removeprefix("gradient norm of ")] = newest.pop(name)
+        self.unseen.clear()
+        self.looked_at = self.step
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        return {"step": self.step, "losses": newest, "gradient_norms": norms, "learning_rates": rates}
+
+    def finish_epoch(self) -> None:
+        stage, _ = self.stage_of(self.epoch)
+        sums = torch.tensor([*self.sums.values()], dtype=torch.float64, device=self.device)
+        means = dict(zip(self.sums, mean_over_ranks(sums).tolist(), strict=True))
+        patches = means.pop("")
+        before = sum(line["seconds"] for line in self.log)
+        seconds = max(self.seconds - before, 1e-9)
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        for name in stage.networks:
+            self.epochs_trained[name] += 1
+        self.epoch += 1
+        losses = {k: v / patches for k, v in means.items() if not k.startswith("gradient norm of ")}
+        self.log.append({
+            "epoch": self.epoch, "stage": stage.name, "step": self.step, "losses": losses, "learning_rates": rates,
+            "seconds": seconds, "patches_per_second": round(patches * ranks() / seconds, 2),
+        })  # fmt: skip
+        self.batch, self.sums = 0, {}
+
+    def advise_on_memory(self, stage: Stage, batch: Batch) -> str:
+        """The line to print when a step does not fit into memory: with the largest batch that does."""
+        text = f"not enough memory on {self.device} for --batch-size {self.options.batch_size}, {batch.vis.shape[-1]}"
+        text += " pixels a side"
+        fits = 0
+        # With several processes the losses wait for one another, and the others may have memory enough.
+        size = len(batch.vis) // 2 if ranks() == 1 else 0
+        while size >= self.smallest_batch and not fits:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                precision = self.options.precision
+                with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+                    stage.losses(Batch(*(x[:size] for x in batch)))["total"].backward()
+                fits = size
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            size //= 2
+        if fits:
+            return f"{text}; --batch-size {fits} fits"
+        return f"{text}; try a smaller --batch-size or --crop, or --precision bfloat16"
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the model has its averaged weights, where an average is kept."""
+        if not self.ema:
+            yield
+            return
+        kept = [value.clone() for value in self.floating]
+        torch._foreach_copy_(self.floating, self.ema)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.floating, kept)
+
+    def about(self) -> dict[str, Any]:
+        """What is stored beside the weights."""
+        facts = {
+            "epochs": self.epoch, "steps": self.step, "seconds": round(self.seconds), "processes": ranks(),
+            "torch": str(torch.__version__), "device": str(self.device),
+        }  # fmt: skip
+        return {**self.settings, **self.facts, **facts}
+
+    def save(self) -> None:
+        """Writes last.pt, the weights and the log; the checkpoint before becomes previous.pt.
+
+        Raises:
+            InputError: a weight is not finite; nothing is written.
+            OSError: a file could not be written; one whole checkpoint is there all the same.
+        """
+        if not all(value.isfinite().all() for value in self.floating):
+            raise InputError(
+                f"not finite before step {self.step + 1}: weights. The last checkpoint in {self.out} is kept; "
+                "try a smaller --learning-rate, or --precision float32"
+            )
+        if not is_first():
+            return
+        if self.last.exists():
+            os.replace(self.last, self.previous)
+        save_file(self.last, {
+            **{name: getattr(self, name) for name in COUNTERS}, "settings": self.settings, "about": self.about(),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
+            "random": random_state(self.device),
+        })  # fmt: skip
+        with self.averaged():
+            self.model.save(self.weights, self.about())
+        with whole_file(self.out / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+
+    def save_best(self, loss: float) -> bool:
+        """Keeps the present weights beside the last ones where the validation loss is the lowest so far."""
+        if self.best is not None and not loss < self.best:
+            return False
+        self.best = loss
+        if is_first():
+            with self.averaged():
+                self.model.save(self.best_weights, {**self.about(), "validation_loss": loss})
+        return True
+
+    @property
+    def best_weights(self) -> Path:
+        return self.weights.with_name(f"{self.weights.stem}_best{self.weights.suffix}")
+
+    def load(self, path: Path, *, force: bool = False) -> None:
+        """Takes up a stored run.
+
+        Args:
+            path: a file that `save` wrote.
+            force: go on although options changed; their names are printed.
+
+        Raises:
+            FileNotFoundError, InputError: unreadable, of another kind or of other options.
+        """
+        saved = from_first(lambda: self.read(path))
+        changed = [f"{key} {saved['settings'].get(key)!r} -> {value!r}"
+                   for key, value in self.settings.items() if saved["settings"].get(key) != value]  # fmt: skip
+        if changed and not force:
+            raise InputError(
+                f"the options differ from those of {path}: {'; '.join(changed)}; give the former ones, "
+                "or --force to go on with these"
+            )
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{path} is of another network; name the run to go on with by --resume") from error
+        if changed:
+            print(f"warning: options changed: {'; '.join(changed)}", file=sys.stderr)
+        if self.ema and saved["ema"]:
+            torch._foreach_copy_(self.ema, [value.to(self.device) for value in saved["ema"]])
+        else:
+            self.restart_average()
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
+        self.looked_at = self.step
+        set_random_state(saved["random"], self.device)
+        before = saved["about"]["commit"]
+        if self.facts["commit"] not in before.split(", then "):
+            before += f", then {self.facts['commit']}"
+        self.facts |= {"commit": before, "init": saved["about"]["init"]}
+
+    def restart_average(self) -> None:
+        """Begins the average with the present weights."""
+        if self.ema:
+            torch._foreach_copy_(self.ema, self.floating)
+
+    def files(self) -> list[Path]:
+        """What a run writes first and what nobody wants overwritten."""
+        return [self.last, self.previous, self.weights, self.best_weights]
+
+    def read(self, path: Path) -> dict[str, Any]:
+        saved = read_file(path, self.device if ranks() == 1 else "cpu")
+        if not {*COUNTERS, "settings", "about", "model", "optimizer", "ema", "random"} <= saved.keys():
+            raise InputError(f"{path} is not a file to resume from; train.py writes last.pt for that")
+        return saved
+
+    def resume(self, *, force: bool = False) -> Path | None:
+        """Takes up the newest readable checkpoint of the folder; None where there is none.
+
+        Raises:
+            InputError: there are checkpoints, and none can be read; or options changed.
+        """
+        there = from_first(lambda: [path for path in (self.last, self.previous) if path.exists()])
+        for path in there:
+            try:
+                from_first(lambda path=path: self.read(path) and None)
+            except InputError as error:
+                if path == there[-1]:
+                    raise
+                if is_first():
+                    print(f"warning: {error}. Going on with {there[-1]}", file=sys.stderr)
+                continue
+            self.load(path, force=force)
+            return path
+        return None
+
+
+class _StageLosses(nn.Module):
+    """A stage as one module, from batch to losses, for what wraps modules: compilation, distribution."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(stage.networks)
+        self.losses = stage.losses
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.losses(batch)
+
+
+class Stop:
+    """Asks a training to end after the step it is in: Ctrl-C, SIGTERM, or a limit of time.
+
+    A second signal ends it at once.
+    """
+
+    def __init__(self, max_minutes: float = 0) -> None:
+        self.why = ""
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+
+    def __enter__(self) -> Stop:
+        self.before: dict[int, Any] = {}
+        # Only the main thread may be told; elsewhere signals are somebody else's.
+        with contextlib.suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.why:
+            raise KeyboardInterrupt
+        self.why = signal.Signals(number).name
+        tqdm.write(f"{self.why}: stopping after this step", file=sys.stderr)
+
+    def asked(self) -> bool:
+        if not self.why and time.monotonic() > self.deadline:
+            self.why = "--max-minutes"
+        return bool(self.why)
+
+
+def stop_now(stop: Stop, device: torch.device) -> bool:
+    """Whether any process is asked to stop: all of them stop after the same step."""
+    return any_rank(stop.asked(), device)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
