@@ -403,3 +403,18 @@ def test_distributed_training_finds_no_unused_parameter(tmp_path):
     finally:
         dist.destroy_process_group()
     assert loss.isfinite()
+
+
+def test_synchronised_batch_norm_has_the_same_keys_and_results(trained, tmp_path):
+    vis, ir = formula_image(0, 8, 9), formula_image(1, 8, 9)
+    trained.save(tmp_path / "weights.pth")
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(FSIDFusion())
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules()) == 4
+    synchronised.load_published(tmp_path / "weights.pth")
+    with torch.no_grad():
+        wanted = copy.deepcopy(trained).eval().fuse(vis, ir)
+        torch.testing.assert_close(synchronised.eval().fuse(vis, ir), wanted, rtol=0, atol=0)
+    synchronised.save(tmp_path / "again.pth")
+    again = FSIDFusion()
+    again.load_published(tmp_path / "again.pth")
+    assert_same(trained, again)
