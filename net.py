@@ -77,17 +77,24 @@ def _row_ranges(x: Tensor) -> list[tuple[int, int]]:
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
-def _in_strips(function: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Iterator[Tensor]:
-    """function(x) in pieces along H, for a function of which a row depends on at most `halo` rows beside it."""
-    for top, bottom in _row_ranges(x):
+def _in_strips(function: Callable[..., Tensor], *maps: Tensor, halo: int) -> Iterator[Tensor]:
+    """function(*maps) in pieces along H, for a function of which a row depends on at most `halo` rows beside it."""
+    for top, bottom in _row_ranges(maps[0]):
         first = max(top - halo, 0)
-        piece = function(x[:, :, first : bottom + halo])
+        piece = function(*(x[:, :, first : bottom + halo] for x in maps))
         # Rows near an inner edge have seen padding in place of their neighbours; they belong to another piece.
         yield piece[:, :, top - first : bottom - first]
 
 
-def _strip_by_strip(function: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Tensor:
-    pieces = list(_in_strips(function, x, halo))
+def strip_by_strip(function: Callable[..., Tensor], *maps: Tensor, halo: int) -> Tensor:
+    """function(*maps), in strips where `strips` asks for them.
+
+    Args:
+        function: maps -> (B, C', H, W), where a row depends on at most `halo` rows beside it.
+        maps: (B, C, H, W) each, of one height.
+        halo: as above.
+    """
+    pieces = list(_in_strips(function, *maps, halo=halo))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
@@ -256,7 +263,7 @@ class RestormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return _strip_by_strip(lambda x: x + self.ffn(self.norm2(x)), x, halo=1)
+        return strip_by_strip(lambda x: x + self.ffn(self.norm2(x)), x, halo=1)
 
 
 class BaseFeatureExtraction(nn.Module):
@@ -278,7 +285,7 @@ class BaseFeatureExtraction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = _channels_last(x)
         x = x + self.attn(self.norm1(x))
-        return _strip_by_strip(lambda x: x + self.mlp(self.norm2(x)), x, halo=1)
+        return strip_by_strip(lambda x: x + self.mlp(self.norm2(x)), x, halo=1)
 
 
 class Bottleneck(nn.Module):
@@ -300,28 +307,36 @@ class Bottleneck(nn.Module):
         return self.bottleneckBlock(x)
 
 
-class DetailNode(nn.Module):
-    """One affine coupling of the detail branch: two halves of C / 2 channels change each other."""
+class Coupling(nn.Module):
+    """Affine coupling: two feature maps change each other, by a sum and then by a gain and a sum."""
 
-    def __init__(self, dim: int) -> None:
+    halo = 2  # two 3x3 convolutions, one after the other
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        half = dim // 2
-        self.theta_phi = Bottleneck(half, half)
-        self.theta_rho = Bottleneck(half, half)
-        self.theta_eta = Bottleneck(half, half)
-        self.shffleconv = nn.Conv2d(dim, dim, 1)  # the spelling is file format
+        self.theta_phi = Bottleneck(channels, channels)
+        self.theta_rho = Bottleneck(channels, channels)
+        self.theta_eta = Bottleneck(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _strip_by_strip(self.couple, x, halo=2)  # two 3x3 convolutions, one after the other
-
-    def couple(self, x: Tensor) -> Tensor:
-        first, second = self.shffleconv(x).chunk(2, dim=1)
+    def couple(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, C, H, W) twice -> both changed, stacked along channels, (B, 2C, H, W)."""
         first, second = _channels_last(first), _channels_last(second)  # once here, not in each bottleneck
         second = second + self.theta_phi(first)
         # The exponent is not bounded by anything, so it is taken in at least float32.
         gain = _at_least_float32(self.theta_rho(second)).exp().to(second.dtype)
         first = first * gain + self.theta_eta(second)
         return torch.cat([first, second], dim=1)
+
+
+class DetailNode(Coupling):
+    """One node of the detail branch: channels are mixed, then two halves of C / 2 of them are coupled."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim // 2)
+        self.shffleconv = nn.Conv2d(dim, dim, 1)  # the spelling is file format
+
+    def forward(self, x: Tensor) -> Tensor:
+        return strip_by_strip(lambda x: self.couple(*self.shffleconv(x).chunk(2, dim=1)), x, halo=self.halo)
 
 
 class DetailFeatureExtraction(nn.Module):
@@ -347,12 +362,26 @@ class PatchEmbedding(nn.Module):
         return self.proj(x)
 
 
+class ShallowEncoder(nn.Module):
+    """What an encoder starts with: patch embedding and Restormer blocks, under their published names."""
+
+    def __init__(self, in_channels: int, dim: int, blocks: int, heads: int, expansion: float) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbedding(in_channels, dim)
+        self.encoder_level1 = nn.Sequential(*(RestormerBlock(dim, heads, expansion) for _ in range(blocks)))
+
+    def shallow(self, image: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, C, H, W)."""
+        _check_size(image)
+        return self.encoder_level1(_channels_last(self.patch_embed(image)))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The published networks, and the system
 # ---------------------------------------------------------------------------------------------------------
 
 
-class Restormer_Encoder(nn.Module):
+class Restormer_Encoder(ShallowEncoder):
     """Image -> (base, detail, shallow): (B, 1, H, W) in [0, 1] -> three times (B, 64, H, W).
 
     The arguments are the published ones; `out_channels`, `num_blocks[1]` and `heads[1]` have no effect there
@@ -370,17 +399,13 @@ class Restormer_Encoder(nn.Module):
         bias: bool = False,
         LayerNorm_type: str = "WithBias",
     ) -> None:
-        super().__init__()
+        super().__init__(inp_channels, dim, num_blocks[0], heads[0], ffn_expansion_factor)
         _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
-        self.patch_embed = PatchEmbedding(inp_channels, dim)
-        blocks = (RestormerBlock(dim, heads[0], ffn_expansion_factor) for _ in range(num_blocks[0]))
-        self.encoder_level1 = nn.Sequential(*blocks)
         self.baseFeature = BaseFeatureExtraction(dim, heads[2])
         self.detailFeature = DetailFeatureExtraction(dim=dim)
 
     def forward(self, inp_img: Tensor) -> Features:
-        _check_size(inp_img)
-        shallow = self.encoder_level1(_channels_last(self.patch_embed(inp_img)))
+        shallow = self.shallow(inp_img)
         return Features(self.baseFeature(shallow), self.detailFeature(shallow), shallow)
 
 
@@ -411,7 +436,7 @@ class Restormer_Decoder(nn.Module):
 
     def forward(self, inp_img: Tensor | None, base_feature: Tensor, detail_feature: Tensor) -> tuple[Tensor, Tensor]:
         reduced = self.reduce_channel(torch.cat([_channels_last(base_feature), _channels_last(detail_feature)], dim=1))
-        residual = _at_least_float32(_strip_by_strip(self.output, self.encoder_level2(reduced), halo=2))
+        residual = _at_least_float32(strip_by_strip(self.output, self.encoder_level2(reduced), halo=2))
         return torch.sigmoid(residual if inp_img is None else residual + inp_img), reduced
 
 
@@ -460,20 +485,36 @@ class CDDFuse(nn.Module):
         Raises:
             ValueError: the shapes differ, a side is shorter than 2, or `skip` is unknown.
         """
-        if vis.shape != ir.shape:
-            raise ValueError(f"vis and ir must have one shape, got {tuple(vis.shape)} and {tuple(ir.shape)}")
+        check_sources(vis, ir)
         # One pass over both modalities: the encoder is shared, and the larger batch keeps the machine busy.
         base, detail, _ = self.encoder(torch.cat([vis, ir]))
         return self.decode_fused(vis, ir, base, detail, skip)
 
     def decode_fused(self, vis: Tensor, ir: Tensor, base: Tensor, detail: Tensor, skip: str = "vis") -> Tensor:
         """The second half of `fuse`: features of vis and ir, stacked along the batch (2B, 64, H, W) -> fused."""
-        if skip not in SKIPS:
-            raise ValueError(f"skip must be one of {', '.join(SKIPS)}, got {skip!r}")
-        image = {"vis": vis, "sum": vis + ir, "none": None}[skip]
+        image = decoder_image(vis, ir, skip)
         base = self.base_fusion(torch.add(*base.chunk(2)))
         detail = self.detail_fusion(torch.add(*detail.chunk(2)))
         return self.decoder(image, base, detail)[0]
+
+
+def check_sources(vis: Tensor, ir: Tensor) -> None:
+    """Refuses, by a ValueError, two images that do not have one shape."""
+    if vis.shape != ir.shape:
+        raise ValueError(f"vis and ir must have one shape, got {tuple(vis.shape)} and {tuple(ir.shape)}")
+
+
+def decoder_image(vis: Tensor, ir: Tensor, skip: str) -> Tensor | None:
+    """What a decoder adds before its sigmoid: an image of the shape of vis and ir, or none.
+
+    Raises:
+        ValueError: `skip` is not one of `SKIPS`.
+    """
+    if skip not in SKIPS:
+        raise ValueError(f"skip must be one of {', '.join(SKIPS)}, got {skip!r}")
+    if skip == "none":
+        return None
+    return vis if skip == "vis" else vis + ir
 
 
 def _check_published(**arguments: tuple[object, object]) -> None:
@@ -485,4 +526,4 @@ def _check_published(**arguments: tuple[object, object]) -> None:
 
 def _check_size(x: Tensor) -> None:
     if x.ndim != 4 or min(x.shape[2:]) < SMALLEST_SIDE:
-        raise ValueError(f"CDDFuse needs (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(x.shape)}")
+        raise ValueError(f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(x.shape)}")

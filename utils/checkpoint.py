@@ -1,9 +1,10 @@
 """Files <-> networks: the published checkpoint format, safe loading, whole-or-nothing saving.
 
 A published file is one dict from network name (`DIDF_Encoder`, ...) to state dict, with every key inside
-prefixed by `module.`. Later published code writes `CDDF_Encoder` for `DIDF_Encoder`. All of these are read.
-We write the published form, plus one entry `about` of plain values (task, commit, recipe), which code written
-for the published files does not look at.
+prefixed by `module.`. Later published code writes `CDDF_Encoder` for `DIDF_Encoder`. All of these are read, in
+any floating precision; whole numbers (a batch norm counts its batches) must be of the model's type.
+We write the published form, if asked for in half precision, plus one entry `about` of plain values (task, commit,
+recipe), which code written for the published files does not look at.
 
 A model that is saved here names its parts in `published_networks`, a dict from the name in the file to the
 attribute that holds the network.
@@ -56,17 +57,27 @@ def load_checkpoint(path: Path | str, model: nn.Module, map_location: str | torc
     return dict(about) if isinstance(about, dict) else {}
 
 
-def save_checkpoint(path: Path | str, model: nn.Module, about: dict[str, Any] | None = None) -> None:
+def save_checkpoint(
+    path: Path | str, model: nn.Module, about: dict[str, Any] | None = None, *, half: bool = False
+) -> None:
     """Saves a model in the published format (float32, `module.` prefixes), whole or not at all.
 
     Args:
         path: the file; folders are made.
         model: as for `load_checkpoint`.
         about: plain values (strings, numbers, lists, dicts) stored beside the networks.
+        half: store tensors of two axes or more in float16, 11 bits of precision in half the bytes. Biases, norms
+            and running statistics stay float32: they are few, and a running variance may have any size. Whoever
+            loads the file into a float32 network, by `load_state_dict` too, gets float32.
+
+    Raises:
+        InputError: with `half`, a weight is beyond the range of float16.
+        OSError: as `save_file`.
     """
     content: dict[str, Any] = {
         name: {
-            _PREFIX + key: value.detach().float().cpu() for key, value in getattr(model, attribute).state_dict().items()
+            _PREFIX + key: _stored(value, f"{name}: {key}", half)
+            for key, value in getattr(model, attribute).state_dict().items()
         }
         for name, attribute in model.published_networks.items()
     }
@@ -133,6 +144,18 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
     return content
 
 
+def _stored(value: Tensor, name: str, half: bool) -> Tensor:
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value
+    if not (half and value.ndim > 1):
+        return value.float()
+    stored = value.half()
+    if not torch.equal(stored.isfinite(), value.isfinite()):
+        raise InputError(f"{name} reaches {value.abs().max():.3g}, beyond float16; save these weights in float32")
+    return stored
+
+
 def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) -> dict[str, StateDict]:
     """The wanted networks of a file, under their published names, keys without `module.`."""
     if {"model", "optimizer"} <= content.keys():
@@ -146,10 +169,9 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
         )
     for name, state in found.items():
         if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
-            for key, value in state.items()
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
         ):
-            raise InputError(f"{path}: {name} is not a dict of real tensors; name the right file with --weights")
+            raise InputError(f"{path}: {name} is not a dict of tensors; name the right file with --weights")
     return {name: {key.removeprefix(_PREFIX): value for key, value in state.items()} for name, state in found.items()}
 
 
@@ -166,4 +188,10 @@ def _check_keys(path: Path, name: str, state: StateDict, wanted: StateDict) -> N
             raise InputError(
                 f"{path}: {name} has {key} of shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected; "
                 "it was made for another size of this network: name the right file with --weights"
+            )
+        found = state[key].dtype
+        if found != value.dtype and not (found.is_floating_point and value.is_floating_point()):
+            raise InputError(
+                f"{path}: {name} has {key} of type {found} where {value.dtype} is expected; "
+                "name the right file with --weights"
             )

@@ -3,7 +3,9 @@
 A system is a class that is an `nn.Module` and has
 
 - `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
-  `smallest_patch` of a training patch, in pixels;
+  `smallest_patch` of a training patch, in pixels; where batch norm asks for it, `smallest_batch`: the fewest patches
+  that one process may train on (1 where a system does not say). Who makes the batches refuses a smaller batch size
+  before training, and drops or merges a last batch that is smaller;
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
 - `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
@@ -42,7 +44,10 @@ __all__ = ["SYSTEMS", "TASKS", "Batch", "Stage", "check_options", "find_system",
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
 # Name on the command line -> module and class. Imported when asked for: one system never needs another.
-SYSTEMS = {"cddfuse": ("zoo.cddfuse", "CDDFuseSystem")}
+SYSTEMS = {
+    "cddfuse": ("zoo.cddfuse", "CDDFuseSystem"),
+    "fsidfusion": ("zoo.fsidfusion", "FSIDFusion"),
+}
 
 
 def option(
