@@ -156,7 +156,7 @@ def train(args: argparse.Namespace, system: type) -> int:
         if is_first():
             print(
                 f"{run.weights}: {run.epochs} epochs done; score it with "
-                f"`python test_{args.task.upper()}.py --weights {run.weights}`"
+                f"`python test_{args.task.upper()}.py --system {args.system} --weights {run.weights}`"
             )
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -81,8 +82,10 @@ def test_stage_one_leaves_the_fusion_layers_alone_and_stage_two_does_not(patch_f
 
 
 def new_run(args, options, system_options, patch_file):
-    args.data = patch_file
-    return train.Run(args, CDDFuseSystem, options, system_options, torch.device("cpu"), PatchDataset(patch_file))
+    model = CDDFuseSystem()
+    facts = {"commit": "", "init": ""}
+    stages = model.stages(system_options, args.task)
+    return Run(model, stages, options, PatchDataset(patch_file), {}, facts, patch_file.parent / "run", "w.pth")
 
 
 def test_learning_rates_are_those_of_the_published_run(patch_file):
@@ -209,6 +212,8 @@ def error_of(capsys):
         (["--resume", "none.pt"], "no file at none.pt"),
         (["--init", "none.pth"], "no file at none.pth"),
         (["--stage1-epochs", "0", "--stage2-epochs", "0"], "both 0"),
+        (["--max-minutes", "-1"], "at least 0"),
+        (["--ema", "1"], "--ema must be less than 1"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(patch_file, tmp_path, capsys, options, message):
@@ -249,39 +254,55 @@ def test_resume_with_other_patches_is_refused(patch_file, tmp_path, capsys):
     assert "patches_digest" in error_of(capsys)
 
 
-def test_crash_between_two_files_neither_loses_nor_repeats_an_epoch(patch_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["before last.pt", "after last.pt"])
+def test_crash_between_two_files_neither_loses_nor_repeats_an_epoch(patch_file, tmp_path, monkeypatch, where):
     def crash(*args):
         raise KeyboardInterrupt
 
-    for method in ("save", "write_log"):  # before last.pt, and between last.pt and the log
-        out = tmp_path / method
-        with monkeypatch.context() as patched:
-            patched.setattr(train.Run, method, crash)
-            assert run(patch_file, out, epochs=(2, 0)) == 130
-        if method == "save":  # weights without a run beside them would be kept safe from a fresh one
-            next(out.glob("*.pth")).unlink()
-        assert run(patch_file, out, "--resume", "auto", epochs=(2, 0)) == 0
-        assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").open()] == [1, 2]
+    with monkeypatch.context() as patched:
+        if where == "before last.pt":
+            patched.setattr("utils.training.save_file", crash)
+        else:
+            patched.setattr(CDDFuseSystem, "save", crash)
+        assert run(patch_file, tmp_path, epochs=(2, 0)) == 130
+    assert run(patch_file, tmp_path, "--resume", "auto", epochs=(2, 0)) == 0
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").open()] == [1, 2]
 
 
-def test_full_disk_is_one_line_and_the_last_epoch_is_kept(patch_file, tmp_path, monkeypatch, capsys):
-    run(patch_file, tmp_path / "run", epochs=(1, 0))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+def test_full_disk_at_the_end_is_one_line_and_a_whole_checkpoint_is_kept(patch_file, tmp_path, monkeypatch, capsys):
+    run(patch_file, tmp_path / "run", "--max-minutes", "1e-9", epochs=(1, 0))
+    before = (tmp_path / "run/last.pt").read_bytes()
 
     def full_disk(*args, **kwargs):
         raise RuntimeError("unexpected pos 64 vs 0\nmore lines")
 
     capsys.readouterr()
-    monkeypatch.setattr(torch, "save", full_disk)
-    (tmp_path / "run/CDDFuse_IVF.pth").unlink()
-    assert run(patch_file, tmp_path / "run", "--resume", "auto", epochs=(1, 0)) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        assert run(patch_file, tmp_path / "run", "--resume", "auto", epochs=(1, 0)) == 2
     assert "is the disk full" in error_of(capsys)
-    assert (tmp_path / "run/last.pt").read_bytes() == before["last.pt"]
+    assert before in [path.read_bytes() for path in (tmp_path / "run").glob("*.pt")]
+    assert run(patch_file, tmp_path / "run", "--resume", "auto", epochs=(1, 0)) == 0
+
+
+def test_full_disk_in_the_middle_is_a_warning_and_training_goes_on(patch_file, tmp_path, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def full_at_first(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < 3:
+            raise RuntimeError("unexpected pos 64 vs 0")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full_at_first)
+    assert run(patch_file, tmp_path / "run", "--save-every-minutes", "0", epochs=(2, 0)) == 0
+    assert "training goes on" in capsys.readouterr().err
+    assert (tmp_path / "run/CDDFuse_IVF.pth").exists()
 
 
 def test_folder_that_cannot_be_written_is_found_before_the_first_epoch(patch_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(train, "train_epoch", None)
+    monkeypatch.setattr(Run, "train_step", None)
     assert run(patch_file, tmp_path / "file") == 2
     assert "file" in error_of(capsys)
 
@@ -357,6 +378,9 @@ def test_resume_of_a_finished_run_does_nothing(patch_file, tmp_path):
 def test_every_system_has_the_verbs():
     for name in SYSTEMS:
         system = find_system(name)
+        for values in getattr(system, "recipes", {}).values():
+            known = {item.name for options in (train.Options, system.Options) for item in dataclasses.fields(options)}
+            assert values.keys() <= known
         for verb in (
             "fuse",
             "stages",
@@ -369,3 +393,73 @@ def test_every_system_has_the_verbs():
             "Options",
         ):
             assert hasattr(system, verb), f"{name} has no {verb}"
+
+
+def test_recipe_sets_defaults_and_published_is_the_published_code():
+    values = {}
+    for recipe in ("ours", "published"):
+        args = train.build_parser(CDDFuseSystem, recipe).parse_args([])
+        values[recipe] = {**vars(train.take_options(args, train.Options)),
+                          **vars(train.take_options(args, CDDFuseSystem.Options))}  # fmt: skip
+    changed = {name: value for name, value in values["ours"].items() if value != values["published"][name]}
+    assert changed == CDDFuseSystem.recipes["ours"]
+    published = {"batch_size": 8, "learning_rate": 1e-4, "clip_norm": 0.01, "stage1_epochs": 40, "stage2_epochs": 80,
+                 "precision": "float32", "crop": 0, "ema": 0.0, "lr_epochs": 20, "lr_factor": 0.5}  # fmt: skip
+    assert published.items() <= values["published"].items()
+    assert train.default_recipe(CDDFuseSystem) == "ours"
+
+
+def test_average_of_weights_is_what_is_kept_and_the_run_goes_on_with_its_own(patch_file, tmp_path):
+    options = ["--ema", "0.9", "--epoch-batches", "3"]
+    run(patch_file, tmp_path / "a", *options, epochs=(1, 0))
+    saved = read_file(tmp_path / "a/last.pt")
+    kept, own = weights(tmp_path / "a"), saved["model"]
+    key = "encoder.patch_embed.proj.weight"
+    assert not torch.equal(kept["DIDF_Encoder.module.patch_embed.proj.weight"], own[key])
+    # The first weights, moved towards those of each step by 1 - decay, with decay (1 + n) / (10 + n) at first.
+    torch.manual_seed(0)
+    average = CDDFuseSystem().state_dict()[key].double()
+    steps = steps_of_run(patch_file, tmp_path / "c", options[2:], key)
+    for n, value in enumerate(steps, start=1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * value.double()
+    torch.testing.assert_close(kept["DIDF_Encoder.module.patch_embed.proj.weight"].double(), average)
+
+
+def steps_of_run(patch_file, out, options, key):
+    """The values of one weight after each step of a run."""
+    values, step = [], Run.train_step
+
+    def watched(self, *args):
+        step(self, *args)
+        values.append(self.model.state_dict()[key].clone())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "train_step", watched)
+        run(patch_file, out, *options, epochs=(1, 0))
+    return values
+
+
+def test_gradient_loss_of_stage_one_may_be_on_both_reconstructions(patch_file, tmp_path):
+    run(patch_file, tmp_path / "run", "--gradient-images", "both", epochs=(1, 0))
+    losses = json.loads((tmp_path / "run/log.jsonl").read_text())["losses"]
+    parts = losses["reconstruction_vis"] + losses["reconstruction_ir"] + 2 * losses["decomposition"]
+    parts += 5 * (losses["gradient_vis"] + losses["gradient_ir"])
+    assert losses["total"] == pytest.approx(parts)
+
+
+def test_decoder_image_is_an_option(patch_file, tmp_path, monkeypatch):
+    seen = []
+    decode = CDDFuseSystem.decode_fused
+    watched = lambda self, *args: seen.append(args[-1]) or decode(self, *args)  # noqa: E731
+    monkeypatch.setattr(CDDFuseSystem, "decode_fused", watched)
+    for task, image in (("ivf", "auto"), ("mif", "auto"), ("ivf", "none")):
+        run(patch_file, tmp_path / f"{task}_{image}", "--task", task, "--decoder-image", image,
+            "--epoch-batches", "1", epochs=(0, 1))  # fmt: skip
+    assert seen == ["vis", "none", "none"]
+
+
+def test_batch_too_small_for_a_system_is_found_before_training(patch_file, tmp_path, capsys):
+    argv = ["--system", "fsidfusion", "--data", str(patch_file), "--out", str(tmp_path / "run"), "--batch-size", "1"]
+    assert train.main([*argv, "--device", "cpu"]) == 2
+    assert "at least 2 for FSIDFusion" in error_of(capsys)

@@ -88,10 +88,8 @@ class Run:
         self.log: list[dict[str, Any]] = []
         self.networks = {name: network for stage in stages for name, network in stage.networks.items()}
         self.epochs_trained = dict.fromkeys(self.networks, 0)
-        # What a network registers but never uses is frozen by its system and stays so.
-        self.frozen = {p for network in self.networks.values() for p in network.parameters() if not p.requires_grad}
         # Adam keeps its state by parameter: one optimiser with a group a network is four published ones.
-        groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
+        groups = [{"name": name, "params": list(network.parameters())} for name, network in self.networks.items()]
         self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=self.device.type in ("cpu", "cuda"))
         state = [value for value in model.state_dict().values() if value.is_floating_point()]
         self.floating: list[Tensor] = state
@@ -101,9 +99,6 @@ class Run:
         self.looked_at = self.step
         self.unseen: list[tuple[int, list[str], Tensor]] = []
         self.started = time.monotonic()
-
-    def trained(self, network: nn.Module) -> list[nn.Parameter]:
-        return [parameter for parameter in network.parameters() if parameter not in self.frozen]
 
     def stage_of(self, epoch: int) -> tuple[Stage, int]:
         """The stage that an epoch (from 0) belongs to, and its number within the stage."""
@@ -127,8 +122,7 @@ class Run:
         """
         options, stage = self.options, self.stage
         for name, network in self.networks.items():
-            for parameter in self.trained(network):
-                parameter.requires_grad_(name in stage.networks)
+            network.requires_grad_(name in stage.networks)
         self.model.train()
         losses = _StageLosses(stage)
         if self.compile:
@@ -174,7 +168,7 @@ class Run:
                 raise
             raise InputError(self.advise_on_memory(stage, batch)) from error
         limit = self.options.clip_norm or math.inf
-        norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in stage.networks.items()}
+        norms = {k: nn.utils.clip_grad_norm_(n.parameters(), limit) for k, n in stage.networks.items()}
         values = {**terms, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
         self.unseen.append((len(batch.vis), list(values), torch.stack([v.detach().double() for v in values.values()])))
         if self.steps_between_looks == 1:

@@ -3,9 +3,7 @@
 A system is a class that is an `nn.Module` and has
 
 - `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
-  `smallest_patch` of a training patch, in pixels; where batch norm asks for it, `smallest_batch`: the fewest patches
-  that one process may train on (1 where a system does not say). Who makes the batches refuses a smaller batch size
-  before training, and drops or merges a last batch that is smaller;
+  `smallest_patch` of a training patch, in pixels;
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
 - `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
@@ -18,9 +16,8 @@ It may also have
 
 - `recipes`: name -> values of training options that differ from their defaults, the published ones;
 - `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
-- `smallest_batch`: fewest patches that a training step can do with, 1 where it does not say.
-
-Parameters that it creates with `requires_grad` off stay untrained.
+- `smallest_batch`: where batch norm asks for it, the fewest patches that one process may train on. train.py refuses
+  a smaller batch size, and leaves out a last batch that is smaller.
 
 A new system is a file in this folder and a line in `SYSTEMS`.
 """
