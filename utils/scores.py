@@ -55,6 +55,17 @@ class ScoreSheet:
         return [scores[metric] for scores in self.images.values() if not math.isnan(scores[metric])]
 
 
+@dataclass(frozen=True)
+class Row:
+    """The scores of one method under one protocol, and the images they were made on."""
+
+    method: str
+    protocol: str
+    sheet: ScoreSheet
+    images: str  # `utils.manifests.list_digest` of the scored pairs
+    is_baseline: bool = False
+
+
 def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str] = PAPER_TABLE) -> str:
     """The table in the layout of the published test scripts: values rounded to two decimals, tabs between."""
     # Published: the first four names stand one space from their tab, the others do not.
