@@ -1,6 +1,6 @@
 """Scores folders of fused images, whatever made them, and says under which protocol.
 
-    python evaluate.py --fused results/MyMethod --ir ir --vi vi
+    python evaluate.py --fused fused/MyMethod --ir ir --vi vi
     python evaluate.py --fused A B C=path/to/c --data test_img/TNO --baselines --against A --plot plots
     python evaluate.py --fused A --data test_img/TNO --compare-protocols    # why two papers differ
     python evaluate.py --verify-data test_img                               # is my copy the published one?
@@ -28,7 +28,7 @@ from utils.images import find_modalities
 from utils.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
 from utils.scores import Row, ScoreSheet, format_excluded
-from utils.statistics import Comparison, bootstrap_interval, compare, mean_ranks
+from utils.statistics import compare, format_statistics, mean_intervals, mean_ranks
 
 DATA_VARIABLE = "FUSION_DATA"
 METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     protocols = parser.add_mutually_exclusive_group()
     protocols.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="default: paper")
     protocols.add_argument("--compare-protocols", action="store_true", help="the same images under each protocol")
-    add("--metrics", nargs="+", default=["table"], metavar="NAME",
-        help=f"table (default: {' '.join(PAPER_TABLE)}), all, or any of {' '.join(METRICS)}")  # fmt: skip
+    add("--metrics", nargs="+", metavar="NAME",
+        help=f"table (default: {' '.join(PAPER_TABLE)}), all (default with --results), or any of {' '.join(METRICS)}")  # fmt: skip
     add("--baselines", action="store_true", help="rows for either source alone and for their average")
     add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
     add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm")
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     methods = name_methods(args.fused, set_folder.resolve().name)
     if not methods and not args.baselines:
         raise InputError("nothing to score: name folders of fused images with --fused, or ask for --baselines")
-    metrics = find_metrics(args.metrics)
     check_options(args)
+    metrics = find_metrics(args.metrics or ["all" if args.results else "table"])
     evaluation = evaluate(
         methods,
         vis_folder,
@@ -151,6 +151,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--jobs must be 1 or more, got {args.jobs}")
     if not 0 <= args.digits <= 12:
         raise InputError(f"--digits must be 0 to 12, got {args.digits}")
+    if args.results and args.metrics and set(find_metrics(args.metrics)) != set(METRICS):
+        raise InputError("--results keeps a row with every metric; leave out --metrics")
+    if args.results and args.device:
+        raise InputError("--results keeps what numpy computes; leave out --device")
     if args.compare_protocols and (args.stats or args.against or args.plot):
         raise InputError(
             "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against and --plot"
@@ -178,7 +182,7 @@ def device_scorer(device: str, metrics: Sequence[str]) -> Scorer:
 def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
     rows, commit = evaluation.rows, git_commit()
     facts = provenance(rows, commit)
-    intervals = {row.method: intervals_of(row) for row in rows} if args.stats else {}
+    intervals = {row.method: mean_intervals(row) for row in rows} if args.stats else {}
     ranks = mean_ranks(rows) if args.stats else {}
     comparisons = compare(rows, find_row(rows, args.against)) if args.against else []
     if args.against and not comparisons:
@@ -202,7 +206,7 @@ def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
         sheets = [ScoreSheet(f"{row.method}, {row.protocol}", row.sheet.images) for row in rows]
         for line in [*format_excluded(sheets, list(rows[0].sheet.mean())), *facts]:
             print(line)
-        for part in statistics_text(rows, intervals, ranks, comparisons, args):
+        for part in format_statistics(intervals, ranks, comparisons, args.against, args.digits):
             print("\n" + part)
 
     written = []
@@ -246,14 +250,9 @@ def provenance(rows: Sequence[Row], commit: str) -> list[str]:
         )
     if len(lists) > 1:
         lines.append(
-            "rows about different images cannot be compared; best values are marked among those of the first row's images"
+            "rows about different images cannot be compared; the best are marked among those like the first row"
         )
     return [*lines, *(f"{protocol}: {PROTOCOLS[protocol]}" for protocol in protocols)]
-
-
-def intervals_of(row: Row) -> dict[str, tuple[float, float]]:
-    columns = {key: [values[key] for values in row.sheet.images.values()] for key in row.sheet.mean()}
-    return {key: bootstrap_interval([v for v in values if np.isfinite(v)]) for key, values in columns.items()}
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
@@ -261,45 +260,6 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
         if row.method == name:
             return row
     raise InputError(f"--against {name}: no such row; choose one of {', '.join(row.method for row in rows)}")
-
-
-def statistics_text(
-    rows: Sequence[Row],
-    intervals: dict[str, dict[str, tuple[float, float]]],
-    ranks: dict[str, dict[str, float]],
-    comparisons: Sequence[Comparison],
-    args: argparse.Namespace,
-) -> list[str]:
-    def shown(value: float, form: str = f".{args.digits}f") -> str:
-        return "-" if np.isnan(value) else format(value, form)
-
-    parts, signed = [], f"+.{args.digits}f"
-    columns = list(rows[0].sheet.mean())
-    if intervals:
-        lines = [["95 % interval of the mean", *columns]]
-        for method, values in intervals.items():
-            lines.append([method, *(f"{shown(low)}..{shown(high)}" for low, high in values.values())])
-        parts.append(tables.align(lines))
-    if len(ranks) > 1:
-        lines = [["mean rank, 1 is best", *columns, "all"]]
-        for method, values in ranks.items():
-            known = [value for value in values.values() if not np.isnan(value)]
-            overall = float(np.mean(known)) if known else np.nan
-            lines.append([method, *(shown(value, ".2f") for value in (*values.values(), overall))])
-        parts.append(tables.align(lines))
-    if comparisons:
-        lines = [[f"against {args.against}", "metric", "images", "difference", "95 % interval", "p", "p (Holm)", ""]]
-        for c in comparisons:
-            interval = f"{shown(c.low, signed)}..{shown(c.high, signed)}"
-            p_values = (shown(c.p, ".2g"), shown(c.p_holm, ".2g"))
-            lines.append(
-                [c.method, c.metric, str(c.images), shown(c.difference, signed), interval, *p_values, c.verdict()]
-            )
-        parts.append(
-            tables.align(lines) + "\npaired Wilcoxon signed-rank tests, two-sided; p adjusted by Holm for the "
-            f"{len(comparisons)} lines above; better or worse: adjusted p < 0.05"
-        )
-    return parts
 
 
 def without_nan(value: object) -> object:

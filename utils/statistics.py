@@ -14,6 +14,7 @@ import numpy as np
 from utils import InputError
 from utils.metrics import METRICS
 from utils.scores import Row
+from utils.tables import align
 
 ROUNDS, SEED = 10_000, 0
 
@@ -28,6 +29,7 @@ class Comparison:
     difference: float  # mean of method minus other
     low: float  # 95 % interval of that mean
     high: float
+    effect: float  # rank-biserial correlation: 1 where method has the larger value on every image, -1 on none
     p: float  # two-sided Wilcoxon signed-rank test
     p_holm: float  # adjusted for all comparisons of the same call
 
@@ -35,7 +37,7 @@ class Comparison:
         """ "better", "worse", or "-" where the adjusted p is not below the level."""
         if not self.p_holm < level:
             return "-"
-        return "better" if (self.difference > 0) == (METRICS[self.metric].better == "higher") else "worse"
+        return "better" if (self.effect > 0) == (METRICS[self.metric].better == "higher") else "worse"
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -90,7 +92,7 @@ def compare(rows: Sequence[Row], against: Row) -> list[Comparison]:
                 p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
             low, high = bootstrap_interval(differences)
             mean = float(differences.mean()) if differences.size else math.nan
-            found.append((row.method, metric, differences.size, mean, low, high, p))
+            found.append((row.method, metric, differences.size, mean, low, high, _rank_biserial(differences), p))
     adjusted = holm([values[-1] for values in found])
     return [Comparison(*values, p_holm) for values, p_holm in zip(found, adjusted, strict=True)]
 
@@ -112,6 +114,55 @@ def mean_ranks(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return ranks
 
 
+def format_statistics(
+    intervals: dict[str, dict[str, tuple[float, float]]],
+    ranks: dict[str, dict[str, float]],
+    comparisons: Sequence[Comparison],
+    against: str | None,
+    digits: int,
+) -> list[str]:
+    """Tables as text: intervals and ranks by method, then the comparisons with one method. Empty ones are left out."""
+
+    def shown(value: float, form: str = f".{digits}f") -> str:
+        return "-" if np.isnan(value) else format(value, form)
+
+    parts, signed = [], f"+.{digits}f"
+    if intervals:
+        lines = [["95 % interval of the mean", *next(iter(intervals.values()))]]
+        for method, values in intervals.items():
+            lines.append([method, *(f"{shown(low)}..{shown(high)}" for low, high in values.values())])
+        parts.append(align(lines))
+    if len(ranks) > 1:
+        lines = [["mean rank, 1 is best", *next(iter(ranks.values())), "all"]]
+        for method, values in ranks.items():
+            known = [value for value in values.values() if not np.isnan(value)]
+            overall = float(np.mean(known)) if known else np.nan
+            lines.append([method, *(shown(value, ".2f") for value in (*values.values(), overall))])
+        parts.append(align(lines))
+    if comparisons:
+        lines = [
+            [f"against {against}", "metric", "images", "difference", "95 % interval", "effect", "p", "p (Holm)", ""]
+        ]
+        for c in comparisons:
+            interval = f"{shown(c.low, signed)}..{shown(c.high, signed)}"
+            numbers = (shown(c.effect, "+.2f"), shown(c.p, ".2g"), shown(c.p_holm, ".2g"))
+            lines.append(
+                [c.method, c.metric, str(c.images), shown(c.difference, signed), interval, *numbers, c.verdict()]
+            )
+        parts.append(align(lines))
+        parts[-1] += (
+            "\npaired Wilcoxon signed-rank tests, two-sided; effect: rank-biserial correlation; "
+            f"p adjusted by Holm for the {len(comparisons)} lines above; better or worse: adjusted p < 0.05"
+        )
+    return parts
+
+
+def mean_intervals(row: Row) -> dict[str, tuple[float, float]]:
+    """Metric -> 95 % interval of the mean over the images with a finite value."""
+    columns = {key: [values[key] for values in row.sheet.images.values()] for key in row.sheet.mean()}
+    return {key: bootstrap_interval([v for v in values if np.isfinite(v)]) for key, values in columns.items()}
+
+
 def _average_ranks(values: np.ndarray) -> list[float]:
     """Ranks in each column, ties averaged, then the mean of each row: (methods, images) -> methods."""
     if not values.size:
@@ -119,6 +170,16 @@ def _average_ranks(values: np.ndarray) -> list[float]:
     smaller = (values[None] < values[:, None]).sum(axis=1)
     equal = (values[None] == values[:, None]).sum(axis=1)
     return [float(mean) for mean in (smaller + (equal + 1) / 2).mean(axis=1)]
+
+
+def _rank_biserial(differences: np.ndarray) -> float:
+    """(Sum of the ranks of positive differences - that of negative ones) / sum of both; NaN where all are 0."""
+    differences = differences[differences != 0]
+    if not differences.size:
+        return math.nan
+    sizes = np.abs(differences)
+    ranks = (sizes < sizes[:, None]).sum(axis=1) + ((sizes == sizes[:, None]).sum(axis=1) + 1) / 2
+    return float((ranks * np.sign(differences)).sum() / ranks.sum())
 
 
 def _images_with(row: Row, metric: str) -> set[str]:
