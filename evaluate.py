@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     protocols.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="default: paper")
     protocols.add_argument("--compare-protocols", action="store_true", help="the same images under each protocol")
     add("--metrics", nargs="+", metavar="NAME",
-        help=f"table (default: {' '.join(PAPER_TABLE)}), all (default with --results), or any of {' '.join(METRICS)}")  # fmt: skip
+        help=f"table (the default: {' '.join(PAPER_TABLE)}), all (the default with --results), "
+        f"or any of {' '.join(METRICS)}")  # fmt: skip
     add("--baselines", action="store_true", help="rows for either source alone and for their average")
     add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
     add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm")
@@ -203,8 +204,7 @@ def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
         print("\n".join([tables.format_latex(rows, args.digits), *(f"% {line}" for line in facts)]))
     else:
         print(tables.format_text(rows, args.digits, *terminal()))
-        sheets = [ScoreSheet(f"{row.method}, {row.protocol}", row.sheet.images) for row in rows]
-        for line in [*format_excluded(sheets, list(rows[0].sheet.mean())), *facts]:
+        for line in (*excluded(rows), *facts):
             print(line)
         for part in format_statistics(intervals, ranks, comparisons, args.against, args.digits):
             print("\n" + part)
@@ -222,6 +222,15 @@ def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
         written += plot(args.plot, rows, facts[0])
     for path in written:
         print(f"written: {path}", file=sys.stderr)
+
+
+def excluded(rows: Sequence[Row]) -> list[str]:
+    """Lines about means that leave images out. Where none has a value, the table says so by itself."""
+    lines = []
+    for row in rows:
+        sheet = ScoreSheet(f"{row.method}, {row.protocol}", row.sheet.images)
+        lines += format_excluded([sheet], [key for key, value in sheet.mean().items() if not np.isnan(value)])
+    return lines
 
 
 def terminal() -> tuple[tuple[tables.Mark, tables.Mark], bool]:
