@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from utils.evaluation import Evaluation, Scorer, evaluate
 from utils.images import find_modalities
 from utils.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
+from utils.plots import import_figure, plot
 from utils.scores import Row, ScoreSheet, format_excluded
-from utils.statistics import compare, format_statistics, mean_intervals, mean_ranks
+from utils.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
 
 DATA_VARIABLE = "FUSION_DATA"
 METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     methods = name_methods(args.fused, set_folder.resolve().name)
     if not methods and not args.baselines:
         raise InputError("nothing to score: name folders of fused images with --fused, or ask for --baselines")
-    check_options(args)
+    check_options(args, methods)
     metrics = find_metrics(args.metrics or ["all" if args.results else "table"])
     evaluation = evaluate(
         methods,
@@ -146,7 +147,7 @@ def find_metrics(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace, methods: Collection[str]) -> None:
     """What can be known to be wrong before the first image is scored."""
     if args.jobs is not None and args.jobs < 1:
         raise InputError(f"--jobs must be 1 or more, got {args.jobs}")
@@ -162,6 +163,12 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.format in ("csv", "latex", "md") and (args.stats or args.against):
         raise InputError(f"--stats and --against print text or JSON; leave out --format {args.format}")
+    if args.against:
+        import_wilcoxon()
+        if not set(methods) - {args.against}:
+            raise InputError(f"--against {args.against}: there is no other method to test; name more with --fused")
+    if args.plot:
+        import_figure()
     for folder in (args.plot, *(path.parent for path in (args.per_image, args.results) if path)):
         if folder:
             check_writable(folder)
@@ -186,8 +193,6 @@ def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
     intervals = {row.method: mean_intervals(row) for row in rows} if args.stats else {}
     ranks = mean_ranks(rows) if args.stats else {}
     comparisons = compare(rows, find_row(rows, args.against)) if args.against else []
-    if args.against and not comparisons:
-        raise InputError(f"--against {args.against}: there is no other method to test; name more folders with --fused")
 
     if args.format == "json":
         more = {"numpy": np.__version__, "protocols": {row.protocol: PROTOCOLS[row.protocol] for row in rows}}
@@ -217,8 +222,6 @@ def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
         tables.update_results(args.results, rows, commit)
         written.append(args.results)
     if args.plot:
-        from utils.plots import plot
-
         written += plot(args.plot, rows, facts[0])
     for path in written:
         print(f"written: {path}", file=sys.stderr)
@@ -246,10 +249,10 @@ def terminal() -> tuple[tuple[tables.Mark, tables.Mark], bool]:
 
 def provenance(rows: Sequence[Row], commit: str) -> list[str]:
     """A line for each list of images among the rows, what the protocols are, and a warning where the images differ."""
-    protocols, lists = (dict.fromkeys(getattr(row, name) for row in rows) for name in ("protocol", "images"))
+    protocols, lists = (dict.fromkeys(getattr(row, name) for row in rows) for name in ("protocol", "digest"))
     lines = []
     for images in lists:
-        these = [row for row in rows if row.images == images]
+        these = [row for row in rows if row.digest == images]
         name = name_of_list(images)
         lines.append(
             (f"{listed({row.method for row in these}, most=20)}: " if len(lists) > 1 else "")

@@ -182,7 +182,7 @@ def test_colour_is_scored_by_the_documented_grey_rule(scene, capsys):
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--metrics", "PI"], "--metrics: unknown PI"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--jobs", "0"], "--jobs must be 1 or more"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--digits", "99"], "--digits must be"),
-        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--against", "PI"], "--against PI: no such row"),
+        (["--fused", "{}/Maximum", "{}/Mixture", "--data", "{}/SMALL", "--against", "PI"], "--against PI: no such row"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--against", "Maximum"], "no other method to test"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--compare-protocols", "--stats"], "choose one --protocol"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--stats", "--format", "csv"], "print text or JSON"),

@@ -31,13 +31,21 @@ def plot(folder: Path, rows: Sequence[Row], facts: str) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> Any:
+def import_figure() -> type:
+    """matplotlib's Figure, without pyplot, which keeps global state and may look for a screen.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib; install it: pip install matplotlib") from None
-    # No pyplot: it keeps global state and may look for a screen.
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return import_figure()(figsize=(width, height), layout="constrained")
 
 
 def _title(metric: str) -> str:

@@ -62,7 +62,7 @@ class Row:
     method: str
     protocol: str
     sheet: ScoreSheet
-    images: str  # `utils.manifests.list_digest` of the scored pairs
+    digest: str  # `utils.manifests.list_digest` of the scored pairs
     is_baseline: bool = False
 
 

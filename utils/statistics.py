@@ -6,8 +6,9 @@ The tests are scipy's, which is imported where it is used; everything else needs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def import_wilcoxon() -> Callable[..., Any]:
+    """scipy's Wilcoxon signed-rank test.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    try:
+        from scipy.stats import wilcoxon
+    except ImportError:
+        raise InputError("--against needs scipy; install it: pip install scipy") from None
+    return wilcoxon
+
+
 def compare(rows: Sequence[Row], against: Row) -> list[Comparison]:
     """Every other method of the same protocol against one row, metric by metric. Baselines are no methods.
 
@@ -77,11 +91,7 @@ def compare(rows: Sequence[Row], against: Row) -> list[Comparison]:
     Raises:
         InputError: scipy is not installed.
     """
-    try:
-        from scipy.stats import wilcoxon
-    except ImportError:
-        raise InputError("--against needs scipy; install it: pip install scipy") from None
-    found = []
+    wilcoxon, found = import_wilcoxon(), []
     for row in rows:
         if row.is_baseline or row.method == against.method or row.protocol != against.protocol:
             continue
