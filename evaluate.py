@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from utils.images import find_modalities
 from utils.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
 from utils.plots import import_figure, plot
-from utils.scores import Row, ScoreSheet, format_excluded
+from utils.scores import Row, format_excluded
 from utils.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
 
 DATA_VARIABLE = "FUSION_DATA"
@@ -231,7 +232,7 @@ def excluded(rows: Sequence[Row]) -> list[str]:
     """Lines about means that leave images out. Where none has a value, the table says so by itself."""
     lines = []
     for row in rows:
-        sheet = ScoreSheet(f"{row.method}, {row.protocol}", row.sheet.images)
+        sheet = replace(row.sheet, label=f"{row.method}, {row.protocol}")
         lines += format_excluded([sheet], [key for key, value in sheet.mean().items() if not np.isnan(value)])
     return lines
 
@@ -249,10 +250,11 @@ def terminal() -> tuple[tuple[tables.Mark, tables.Mark], bool]:
 
 def provenance(rows: Sequence[Row], commit: str) -> list[str]:
     """A line for each list of images among the rows, what the protocols are, and a warning where the images differ."""
-    protocols, lists = (dict.fromkeys(getattr(row, name) for row in rows) for name in ("protocol", "digest"))
+    protocols = dict.fromkeys(row.protocol for row in rows)
+    lists = dict.fromkeys(row.sheet.digest for row in rows)
     lines = []
     for images in lists:
-        these = [row for row in rows if row.digest == images]
+        these = [row for row in rows if row.sheet.digest == images]
         name = name_of_list(images)
         lines.append(
             (f"{listed({row.method for row in these}, most=20)}: " if len(lists) > 1 else "")

@@ -17,7 +17,7 @@ from utils.statistics import bootstrap_interval, compare, format_statistics, hol
 def row(method, baseline=False, protocol="paper", **columns):
     names = [f"{i:02d}" for i in range(len(next(iter(columns.values()))))]
     images = {name: {key: values[i] for key, values in columns.items()} for i, name in enumerate(names)}
-    return Row(method, protocol, ScoreSheet(method, images), "0" * 64, baseline)
+    return Row(method, protocol, ScoreSheet(method, images), baseline)
 
 
 def test_holm_by_hand():
@@ -78,8 +78,8 @@ def test_only_images_with_a_finite_value_on_both_sides_are_compared():
 
 
 def test_images_are_paired_by_name():
-    a = Row("a", "paper", ScoreSheet("a", {"x": {"EN": 1.0}, "y": {"EN": 2.0}}), "")
-    b = Row("b", "paper", ScoreSheet("b", {"y": {"EN": 5.0}, "z": {"EN": 9.0}}), "")
+    a = Row("a", "paper", ScoreSheet("a", {"x": {"EN": 1.0}, "y": {"EN": 2.0}}))
+    b = Row("b", "paper", ScoreSheet("b", {"y": {"EN": 5.0}, "z": {"EN": 9.0}}))
     (found,) = compare([a], b)
     assert found.images == 1 and found.difference == -3
 

@@ -118,7 +118,7 @@ def evaluate(
             images = {result.name: result.scores[key] for result in results if key in result.scores}
             if images:
                 digest = list_digest(digests[name] for name in images)
-                rows.append(Row(method, protocol, ScoreSheet(method, images), digest, method in labels))
+                rows.append(Row(method, protocol, ScoreSheet(method, images, digest), method in labels))
     return Evaluation(tuple(rows), tuple(problems), tuple(notes))
 
 

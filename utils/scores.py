@@ -22,6 +22,7 @@ class ScoreSheet:
 
     label: str
     images: Mapping[str, Mapping[str, float]]
+    digest: str = ""  # `utils.manifests.list_digest` of the scored pairs, where it is known
 
     def mean(self) -> dict[str, float]:
         """Mean of each metric over the images that have a value; NaN when none has."""
@@ -57,12 +58,11 @@ class ScoreSheet:
 
 @dataclass(frozen=True)
 class Row:
-    """The scores of one method under one protocol, and the images they were made on."""
+    """The scores of one method under one protocol."""
 
     method: str
     protocol: str
     sheet: ScoreSheet
-    digest: str  # `utils.manifests.list_digest` of the scored pairs
     is_baseline: bool = False
 
 

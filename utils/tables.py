@@ -40,7 +40,7 @@ def places(rows: Sequence[Row], metric: str) -> dict[int, int]:
     """
     means = {}
     for i, row in enumerate(rows):
-        comparable = (row.protocol, row.digest) == (rows[0].protocol, rows[0].digest)
+        comparable = (row.protocol, row.sheet.digest) == (rows[0].protocol, rows[0].sheet.digest)
         value = row.sheet.mean()[metric]
         if comparable and not row.is_baseline and not math.isnan(value):
             means[i] = value
@@ -108,7 +108,7 @@ def format_json(rows: Sequence[Row], commit: str, **more: Any) -> str:
     content = [
         {
             "method": row.method, "protocol": row.protocol, "commit": commit, "pairs": len(row.sheet.images),
-            "images": row.digest, "baseline": row.is_baseline,
+            "images": row.sheet.digest, "baseline": row.is_baseline,
             "mean": {key: value if math.isfinite(value) else None for key, value in row.sheet.mean().items()},
             "excluded": row.sheet.excluded(),
         }
@@ -144,7 +144,7 @@ def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
             if columns[: len(FACTS)] != list(FACTS):
                 raise InputError(f"{path} is not a file of results (its columns are {columns}); choose another name")
             records = {(record["method"], record["protocol"]): record for record in reader}
-    known = {record["images"] for record in records.values()} | {row.digest[:SHOWN] for row in rows}
+    known = {record["images"] for record in records.values()} | {row.sheet.digest[:SHOWN] for row in rows}
     if len(known) > 1:
         raise InputError(
             f"{path} would hold rows about different images ({', '.join(sorted(known))}), which cannot be compared; "
@@ -164,7 +164,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _record(row: Row, commit: str, number: Callable[[float], str]) -> Mapping[str, str]:
-    facts = (row.method, row.protocol, str(len(row.sheet.images)), row.digest[:SHOWN], commit)
+    facts = (row.method, row.protocol, str(len(row.sheet.images)), row.sheet.digest[:SHOWN], commit)
     means = {key: _number(value, number) for key, value in row.sheet.mean().items()}
     return dict(zip(FACTS, facts, strict=True)) | means
 
