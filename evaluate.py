@@ -4,6 +4,7 @@
     python evaluate.py --fused A B C=path/to/c --data test_img/TNO --baselines --against A --plot plots
     python evaluate.py --fused A --data test_img/TNO --compare-protocols    # why two papers differ
     python evaluate.py --verify-data test_img                               # is my copy the published one?
+    python evaluate.py --list-metrics                                       # what is Qabf?
 
 Names are matched without their suffix: fused/01.png belongs to ir/01.jpg and vi/01.bmp. Colour is scored as grey,
 0.299 R + 0.587 G + 0.114 B rounded half to even. Give the infrared, CT, PET or SPECT folder as --ir and the visible
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verify-data", nargs="?", const="", metavar="DIR",
         help="compare the sets in this folder with manifests/ and exit "
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
+    add("--list-metrics", action="store_true", help="say what each metric is, with unit, range and source, and exit")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -83,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.list_metrics:
+        print(tables.describe_metrics())
+        return 0
     if args.verify_data is not None:
         return verify_data(args.verify_data)
     vis_folder, ir_folder = find_sources(args)

@@ -334,6 +334,14 @@ def test_torch_scores_the_same(scene, capsys):
     assert torch_["rows"][0]["mean"] == pytest.approx(numpy_["rows"][0]["mean"], rel=1e-6)
 
 
+def test_every_metric_is_described(capsys):
+    code, out, _ = run(capsys, "--list-metrics")
+    assert code == 0
+    for key, metric in METRICS.items():
+        assert f"{key}: " in out and metric.reference in out
+    assert "nats, bits under toolbox; higher is better; range 0 to 11.0904; smallest side 1\n" in out
+
+
 # --- published data ----------------------------------------------------------------------------------------
 
 

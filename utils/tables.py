@@ -17,7 +17,7 @@ from typing import Any
 
 from utils import InputError, whole_file
 from utils.manifests import SHOWN
-from utils.metrics import METRICS
+from utils.metrics import METRICS, PROTOCOLS
 from utils.scores import Row
 
 FORMATS = ("text", "md", "csv", "latex", "json")
@@ -62,6 +62,20 @@ def format_text(rows: Sequence[Row], digits: int = 3, marks: tuple[Mark, Mark] =
         ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def describe_metrics() -> str:
+    """Every metric: what it is, unit, direction, range under `paper` and `standard`, smallest side, source."""
+    blocks = []
+    for metric in METRICS.values():
+        about = (metric.function.__doc__ or "").splitlines()[0]
+        units = {protocol: metric.unit_in(protocol) for protocol in PROTOCOLS}
+        other = [f"{unit} under {protocol}" for protocol, unit in units.items() if unit != metric.unit]
+        unit = f"{', '.join([metric.unit, *other])}; " if metric.unit else ""
+        low, high = (f"{bound:.6g}" for bound in metric.value_range)
+        facts = f"{metric.better} is better; range {low} to {high}; smallest side {metric.min_side}"
+        blocks.append(f"{metric.key}: {about}\n    {unit}{facts}\n    {metric.reference}")
+    return "\n".join(blocks)
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
