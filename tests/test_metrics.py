@@ -20,6 +20,7 @@ from utils.images import read_grey
 from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
 
 KEYS = ["EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM", "AG", "CC", "MSE", "PSNR"]
+TWELVE = {key: METRICS[key] for key in KEYS}  # METRICS may hold more: tests/test_more_metrics.py
 ONE_IMAGE = ("EN", "SD", "SF", "AG")
 
 needs_data = pytest.mark.skipif(
@@ -180,7 +181,7 @@ def test_score_equals_the_literal_transcription(size, protocol):
 def test_fractions_are_scored_like_the_transcription_except_for_mi():
     rng = np.random.default_rng(3)
     images = tuple(rng.uniform(0, 255, size=(50, 60)) for _ in range(3))
-    for key, metric in METRICS.items():
+    for key, metric in TWELVE.items():
         if key != "MI":  # the transcription takes every distinct value for a label
             inputs = images if metric.takes_sources else images[:1]
             want = getattr(reference_metrics, key.lower())(*inputs)
@@ -224,10 +225,9 @@ def test_toolbox_differs_from_standard_by_the_documented_factors():
 def test_toolbox_protocol_gives_the_values_that_matlab_printed():
     root = Path(os.environ["FUSION_DATA"]) / "other_methods" / "TNO42"
     columns = {"EN": "EN", "SF_01": "SF", "AG": "AG", "MSE_01": "MSE", "CC": "CC", "SCD": "SCD"}
-    names = ("01.png", "15.png", "36.png", "42.png")
     with (root / "matlab_toolbox.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["image"] in names]
-    assert len(rows) == 4 * 3
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 42 * 3
     for row in rows:
         folders = (row["method"], "ir", "vi")
         images = (read_grey(root / folder / row["image"]) for folder in folders)
@@ -505,7 +505,7 @@ def test_scd_is_nan_where_fused_is_a_source_plus_a_constant():
 
 
 def test_the_smallest_legal_image_of_each_metric_is_scored():
-    for key, metric in METRICS.items():
+    for key, metric in TWELVE.items():
         images = [image[: metric.min_side, : metric.min_side] for image in made_images(9, 41, 41)]
         assert isinstance(score(*images, metrics=[key])[key], float)
 
@@ -609,7 +609,7 @@ def test_unknown_metrics_are_refused_and_the_known_ones_named():
 
 
 def test_score_returns_the_twelve_keys_in_order_as_plain_floats():
-    assert list(METRICS) == KEYS
+    assert list(METRICS)[: len(KEYS)] == KEYS  # others may have been registered
     for protocol in PROTOCOLS:
         values = score(*made_images(13, 48, 50), protocol=protocol)
         assert list(values) == KEYS

@@ -22,6 +22,7 @@ from utils import ROOT
 from utils.checkpoint import save_checkpoint
 from utils.images import read_grey, write_grey
 from utils.inference import fuse_arrays
+from utils.manifests import make_manifest
 from utils.metrics import score
 from zoo.cddfuse import CDDFuseSystem
 
@@ -60,7 +61,8 @@ def test_ivf_prints_the_published_table_and_one_line_that_says_how(infrared, wei
     assert lines[:5] == ["", "", "=" * 80, "The test result of MINE :", HEADER]
     assert lines[5].startswith("CDDFuse    \t") and len(lines[5].split("\t")) == 9
     assert lines[6] == "=" * 80
-    for part in ("protocol paper", "2 pairs", str(weights), "cpu"):
+    images = f"images {make_manifest(infrared)['images'][:12]}"
+    for part in ("protocol paper", "2 pairs", str(weights), "cpu", images, "commit"):
         assert part in lines[7]
 
 
@@ -82,6 +84,7 @@ def test_scores_are_those_of_the_files_as_written(infrared, weights, model, tmp_
     for metric, value in means["mean"].items():
         assert value == pytest.approx(np.mean([scores[metric] for scores in wanted]), rel=1e-12), metric
     assert means["pairs"] == 2 and means["protocol"] == "paper" and means["weights"] == str(weights)
+    assert means["images"] == make_manifest(infrared)["images"]
 
 
 def test_stale_files_in_the_output_folder_do_not_count(infrared, weights, tmp_path, capsys):

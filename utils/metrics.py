@@ -14,6 +14,8 @@ NaN, decided explicitly, never a warning. An input that would give a wrong answe
 [0, 255], fractions that look scaled to [0, 1], images too small) raises an error that says what was
 expected. Dark images are legal.
 
+`utils/more_metrics.py` adds further metrics to the same registry when it is imported (`register`).
+
 Needs numpy and nothing else; the file can be copied into another project as it is.
 """
 
@@ -36,6 +38,7 @@ __all__ = [
     "mutual_information",
     "psnr",
     "qabf",
+    "register",
     "scd",
     "score",
     "spatial_frequency",
@@ -61,6 +64,7 @@ class _Rules:
     mi_unit: float  # one unit of information in nats: 1, or ln 2 for bits
     level_scale: float  # factor on grey levels inside SF, MSE and the MSE of PSNR
     ag_drops_a_border: bool  # AG divides by (H - 1)(W - 1) instead of HW
+    prints_more: bool = True  # whether it prints metrics of utils/more_metrics.py as defined there; else NaN
     units: dict[str, str] = field(default_factory=dict)  # where they differ from METRICS[key].unit
 
 
@@ -94,6 +98,7 @@ _RULES = {
         mi_unit=math.log(2.0),
         level_scale=1.0 / 255.0,
         ag_drops_a_border=True,
+        prints_more=False,
         units={"MI": "bits", "SF": "0..1 levels per pixel", "MSE": "0..1 levels squared"},
     ),
 }
@@ -127,8 +132,8 @@ def score(
         a: first source, same shape and range.
         b: second source, same shape and range.
         protocol: a name from `PROTOCOLS`.
-        metrics: names from `METRICS`, in the order wanted; None means all twelve. Leave out VIF to score
-            images with a side shorter than 41.
+        metrics: names from `METRICS`, in the order wanted; None means the twelve of this file. Leave out VIF
+            to score images with a side shorter than 41.
 
     Returns:
         Name -> value, in the order of `metrics`. NaN where a metric has no value (each docstring says when).
@@ -147,7 +152,7 @@ def score(
     True
     """
     rules = _rules_of(protocol)
-    keys = list(METRICS) if metrics is None else list(metrics)
+    keys = list(_TWELVE) if metrics is None else list(metrics)
     for key in keys:
         if key not in METRICS:
             raise ValueError(f"unknown metric {key!r}, expected names from: {', '.join(METRICS)}")
@@ -1163,7 +1168,22 @@ _TABLE = (
 )
 
 METRICS = {metric.key: metric for metric in _TABLE}
-"""Column name -> `Metric`, in the order in which `score` returns them."""
+"""Column name -> `Metric`: the twelve of this file, in the order in which `score` returns them, then those that
+were registered."""
+
+_TWELVE = tuple(METRICS)
+
+
+def register(metric: Metric) -> None:
+    """Adds a metric to `METRICS`, so that `score` and every table know it by its key.
+
+    Raises:
+        ValueError: the key is taken.
+    """
+    if metric.key in METRICS:
+        raise ValueError(f"a metric called {metric.key!r} is registered already")
+    METRICS[metric.key] = metric
+
 
 PAPER_TABLE = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM")
 """The columns of the published CDDFuse tables, in order."""

@@ -22,6 +22,7 @@ class ScoreSheet:
 
     label: str
     images: Mapping[str, Mapping[str, float]]
+    digest: str = ""  # `utils.manifests.list_digest` of the scored pairs, where it is known
 
     def mean(self) -> dict[str, float]:
         """Mean of each metric over the images that have a value; NaN when none has."""
@@ -53,6 +54,16 @@ class ScoreSheet:
 
     def _values(self, metric: str) -> list[float]:
         return [scores[metric] for scores in self.images.values() if not math.isnan(scores[metric])]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one method under one protocol."""
+
+    method: str
+    protocol: str
+    sheet: ScoreSheet
+    is_baseline: bool = False
 
 
 def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str] = PAPER_TABLE) -> str:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout
 from utils.images import PairList, find_modalities, list_pairs, modalities_in, read_grey, to_uint8, write_grey
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
+from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.metrics import PROTOCOLS, score
 from utils.scores import ScoreSheet, format_excluded, format_table
 
@@ -120,7 +121,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
                 "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
                 "stretch": not args.no_stretch, "device": str(device), "precision": args.precision,
                 "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
-                "numpy": np.__version__, "commit": commit,
+                "numpy": np.__version__, "commit": commit, "images": sheet.digest,
             }  # fmt: skip
             sheet.write(folder, facts)
             sheets.append(sheet)
@@ -133,7 +134,11 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
             print(line)
         used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
         pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
-        print(f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}")
+        lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
+        print(
+            f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}, "
+            f"images {lists}, commit {commit}"
+        )
     for stem in stems:
         print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
     return EXIT_BAD_INPUT if incomplete else 0
@@ -187,6 +192,7 @@ def load_method(path: Path, system: type, device: torch.device, skip: str | None
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
     """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out."""
     images: dict[str, dict[str, float]] = {}
+    digests: list[str] = []
     description = f"{test_set.name}, {method.weights.stem}"
     for pair in tqdm(test_set.found.pairs, desc=description, unit="pair", disable=None):
         fate = "left out"
@@ -199,12 +205,13 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             write_grey(path, fused)
             fate = "fused, but not scored"
             images[pair.name] = score(read_grey(path), ir, vis, args.protocol)
+            digests.append(pair_digest(vis, ir))
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
             if args.debug or getattr(error, "errno", None) in HOPELESS:
                 raise
             first_line = str(error).splitlines()[0]
             tqdm.write(f"warning: {test_set.name}/{pair.name}: {first_line}; {fate}", file=sys.stderr)
-    return ScoreSheet(method.label, images)
+    return ScoreSheet(method.label, images, list_digest(digests))
 
 
 def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:

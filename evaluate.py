@@ -1,0 +1,318 @@
+"""Scores folders of fused images, whatever made them, and says under which protocol.
+
+    python evaluate.py --fused fused/MyMethod --ir ir --vi vi
+    python evaluate.py --fused A B C=path/to/c --data test_img/TNO --baselines --against A --plot plots
+    python evaluate.py --fused A --data test_img/TNO --compare-protocols    # why two papers differ
+    python evaluate.py --verify-data test_img                               # is my copy the published one?
+    python evaluate.py --list-metrics                                       # what is Qabf?
+
+Names are matched without their suffix: fused/01.png belongs to ir/01.jpg and vi/01.bmp. Colour is scored as grey,
+0.299 R + 0.587 G + 0.114 B rounded half to even. Give the infrared, CT, PET or SPECT folder as --ir and the visible
+or MRI folder as --vi; exchanging them changes no value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import utils.more_metrics  # noqa: F401  registers its metrics
+from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout, listed, run_script, tables
+from utils.evaluation import Evaluation, Scorer, evaluate
+from utils.images import find_modalities
+from utils.manifests import SHOWN, name_of_list, read_manifests, verify
+from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
+from utils.plots import import_figure, plot
+from utils.scores import Row, format_excluded
+from utils.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
+
+DATA_VARIABLE = "FUSION_DATA"
+METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--fused",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="fused images, one folder a method",
+    )
+    add("--ir", type=Path, metavar="DIR", help="infrared (or CT, PET, SPECT) sources")
+    add("--vi", type=Path, metavar="DIR", help="visible (or MRI) sources")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="instead of --ir and --vi: a folder with vi/ and ir/, or MRI/ and CT/ ...",
+    )
+    protocols = parser.add_mutually_exclusive_group()
+    protocols.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="default: paper")
+    protocols.add_argument("--compare-protocols", action="store_true", help="the same images under each protocol")
+    add("--metrics", nargs="+", metavar="NAME",
+        help=f"table (the default: {' '.join(PAPER_TABLE)}), all (the default with --results), "
+        f"or any of {' '.join(METRICS)}")  # fmt: skip
+    add("--baselines", action="store_true", help="rows for either source alone and for their average")
+    add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
+    add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm")
+    add("--format", choices=tables.FORMATS, default="text", help="default: text")
+    add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
+    add("--per-image", type=Path, metavar="FILE", help="also write one line an image into this CSV file")
+    add("--plot", type=Path, metavar="DIR", help="also write boxplots.png and ranks.png (needs matplotlib)")
+    add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
+    add("--jobs", type=int, help="processes (default: one for each processor)")
+    add("--device", help="score with torch on this device, such as cuda, instead of numpy (needs torch)")
+    add("--verify-data", nargs="?", const="", metavar="DIR",
+        help="compare the sets in this folder with manifests/ and exit "
+        f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
+    add("--list-metrics", action="store_true", help="say what each metric is, with unit, range and source, and exit")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(run, build_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list_metrics:
+        print(tables.describe_metrics())
+        return 0
+    if args.verify_data is not None:
+        return verify_data(args.verify_data)
+    vis_folder, ir_folder = find_sources(args)
+    set_folder = args.data or vis_folder.parent
+    methods = name_methods(args.fused, set_folder.resolve().name)
+    if not methods and not args.baselines:
+        raise InputError("nothing to score: name folders of fused images with --fused, or ask for --baselines")
+    check_options(args, methods)
+    metrics = find_metrics(args.metrics or ["all" if args.results else "table"])
+    evaluation = evaluate(
+        methods,
+        vis_folder,
+        ir_folder,
+        protocols=list(PROTOCOLS) if args.compare_protocols else [args.protocol],
+        metrics=metrics,
+        baselines=args.baselines,
+        jobs=1 if args.device else args.jobs,
+        scorer=device_scorer(args.device, metrics) if args.device else score,
+    )
+    for line in (*evaluation.problems, *evaluation.notes):
+        print(f"warning: {line}", file=sys.stderr)
+    if not evaluation.rows:
+        raise InputError("not one image could be scored; see the warnings above")
+    report(args, evaluation)
+    return EXIT_BAD_INPUT if evaluation.problems else 0
+
+
+def find_sources(args: argparse.Namespace) -> tuple[Path, Path]:
+    if args.data and (args.ir or args.vi):
+        raise InputError("--data names both folders of sources; give it, or --ir and --vi")
+    if args.data:
+        return find_modalities(args.data)
+    if not (args.ir and args.vi):
+        raise InputError("name the sources: --ir DIR --vi DIR, or --data DIR for a folder with vi/ and ir/")
+    if args.ir.resolve() == args.vi.resolve():
+        raise InputError(f"--ir and --vi are the same folder, {args.ir}; a fused image has two sources")
+    return args.vi, args.ir
+
+
+def name_methods(values: Sequence[str], set_name: str) -> dict[str, Path]:
+    """NAME=DIR, or DIR: then the method is the folder's name, or that of its parent where it is called like the set."""
+    methods: dict[str, Path] = {}
+    for value in values:
+        folder, name = Path(value), ""
+        if "=" in value and not folder.is_dir():
+            name, _, rest = value.partition("=")
+            folder = Path(rest)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder of fused images at {folder}; name one with --fused")
+        whole = folder.resolve()
+        name = name or (whole.parent.name if whole.name == set_name else whole.name)
+        if name in methods:
+            raise InputError(f"{methods[name]} and {folder} are both called {name}; name them: --fused NAME={folder}")
+        methods[name] = folder
+    return methods
+
+
+def find_metrics(names: Sequence[str]) -> list[str]:
+    chosen = [key for name in names for key in METRIC_GROUPS.get(name, (name,))]
+    unknown = [key for key in chosen if key not in METRICS]
+    if unknown:
+        raise InputError(f"--metrics: unknown {listed(unknown)}; choose table, all, or from {' '.join(METRICS)}")
+    return list(dict.fromkeys(chosen))
+
+
+def check_options(args: argparse.Namespace, methods: Collection[str]) -> None:
+    """What can be known to be wrong before the first image is scored."""
+    if args.jobs is not None and args.jobs < 1:
+        raise InputError(f"--jobs must be 1 or more, got {args.jobs}")
+    if not 0 <= args.digits <= 12:
+        raise InputError(f"--digits must be 0 to 12, got {args.digits}")
+    if args.results and args.metrics and set(find_metrics(args.metrics)) != set(METRICS):
+        raise InputError("--results keeps a row with every metric; leave out --metrics")
+    if args.results and args.device:
+        raise InputError("--results keeps what numpy computes; leave out --device")
+    if args.compare_protocols and (args.stats or args.against or args.plot):
+        raise InputError(
+            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against and --plot"
+        )
+    if args.format in ("csv", "latex", "md") and (args.stats or args.against):
+        raise InputError(f"--stats and --against print text or JSON; leave out --format {args.format}")
+    if args.against:
+        import_wilcoxon()
+        if not set(methods) - {args.against}:
+            raise InputError(f"--against {args.against}: there is no other method to test; name more with --fused")
+    if args.plot:
+        import_figure()
+    for folder in (args.plot, *(path.parent for path in (args.per_image, args.results) if path)):
+        if folder:
+            check_writable(folder)
+
+
+def device_scorer(device: str, metrics: Sequence[str]) -> Scorer:
+    try:
+        from utils.metrics_torch import TWINS, score_on
+    except ImportError as error:
+        raise InputError(f"--device needs torch ({error}); leave it out to score with numpy") from None
+    from utils.inference import pick_device
+
+    without = set(metrics) - set(TWINS)
+    if without:
+        raise InputError(f"--device: no torch version of {listed(without)}; choose --metrics from {' '.join(TWINS)}")
+    return partial(score_on, pick_device(device))
+
+
+def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    rows, commit = evaluation.rows, git_commit()
+    facts = provenance(rows, commit)
+    intervals = {row.method: mean_intervals(row) for row in rows} if args.stats else {}
+    ranks = mean_ranks(rows) if args.stats else {}
+    comparisons = compare(rows, find_row(rows, args.against)) if args.against else []
+
+    if args.format == "json":
+        more = {"numpy": np.__version__, "protocols": {row.protocol: PROTOCOLS[row.protocol] for row in rows}}
+        if args.stats:
+            more |= {"intervals": intervals, "mean_ranks": ranks}
+        if args.against:
+            more |= {"against": args.against, "comparisons": [vars(c) for c in comparisons]}
+        print(tables.format_json(rows, commit, **without_nan(more)))
+    elif args.format == "csv":
+        print(tables.format_csv(rows, commit))
+    elif args.format == "md":
+        print("\n\n".join([tables.format_markdown(rows, args.digits), "  \n".join(facts)]))
+    elif args.format == "latex":
+        print("\n".join([tables.format_latex(rows, args.digits), *(f"% {line}" for line in facts)]))
+    else:
+        print(tables.format_text(rows, args.digits, *terminal()))
+        for line in (*excluded(rows), *facts):
+            print(line)
+        for part in format_statistics(intervals, ranks, comparisons, args.against, args.digits):
+            print("\n" + part)
+
+    written = []
+    if args.per_image:
+        tables.write_per_image(args.per_image, rows)
+        written.append(args.per_image)
+    if args.results:
+        tables.update_results(args.results, rows, commit)
+        written.append(args.results)
+    if args.plot:
+        written += plot(args.plot, rows, facts[0])
+    for path in written:
+        print(f"written: {path}", file=sys.stderr)
+
+
+def excluded(rows: Sequence[Row]) -> list[str]:
+    """Lines about means that leave images out. Where none has a value, the table says so by itself."""
+    lines = []
+    for row in rows:
+        sheet = replace(row.sheet, label=f"{row.method}, {row.protocol}")
+        lines += format_excluded([sheet], [key for key, value in sheet.mean().items() if not np.isnan(value)])
+    return lines
+
+
+def terminal() -> tuple[tuple[tables.Mark, tables.Mark], bool]:
+    """How to mark the best values on standard output, and whether it can show arrows."""
+    try:
+        "↑↓".encode(sys.stdout.encoding or "ascii")
+        unicode = True
+    except UnicodeEncodeError:
+        unicode = False
+    escapes = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return (tables.TERMINAL if escapes else tables.PLAIN), unicode
+
+
+def provenance(rows: Sequence[Row], commit: str) -> list[str]:
+    """A line for each list of images among the rows, what the protocols are, and a warning where the images differ."""
+    protocols = dict.fromkeys(row.protocol for row in rows)
+    lists = dict.fromkeys(row.sheet.digest for row in rows)
+    lines = []
+    for images in lists:
+        these = [row for row in rows if row.sheet.digest == images]
+        name = name_of_list(images)
+        lines.append(
+            (f"{listed({row.method for row in these}, most=20)}: " if len(lists) > 1 else "")
+            + f"protocol {', '.join(protocols)}, {len(these[0].sheet.images)} pairs, images {images[:SHOWN]}"
+            + (f" ({name} as published)" if name else "")
+            + f", commit {commit}"
+        )
+    if len(lists) > 1:
+        lines.append(
+            "rows about different images cannot be compared; the best are marked among those like the first row"
+        )
+    return [*lines, *(f"{protocol}: {PROTOCOLS[protocol]}" for protocol in protocols)]
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    for row in rows:
+        if row.method == name:
+            return row
+    raise InputError(f"--against {name}: no such row; choose one of {', '.join(row.method for row in rows)}")
+
+
+def without_nan(value: object) -> object:
+    """JSON has neither NaN nor infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def verify_data(where: str) -> int:
+    given = os.environ.get(DATA_VARIABLE)
+    folder = Path(where) if where else Path(given) / "test_img" if given else in_checkout("test_img")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}; name the one that holds the sets: --verify-data DIR")
+    manifests = read_manifests()
+    present = [m for m in manifests if (folder / m["set"]).is_dir()]
+    if not present:
+        known = ", ".join(manifest["set"] for manifest in manifests)
+        raise InputError(
+            f"{folder} holds none of the published sets ({known}); name the folder that does: --verify-data DIR"
+        )
+    good = True
+    for manifest in manifests:
+        if manifest not in present:
+            print(f"{manifest['set']}: not in {folder}")
+            continue
+        verdict = verify(folder / manifest["set"], manifest)
+        good &= verdict.is_published()
+        answer = "the published images" if verdict.is_published() else "NOT the published set"
+        print(f"{manifest['set']}: {answer}: {verdict}")
+    return 0 if good else EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
