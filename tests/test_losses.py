@@ -81,6 +81,26 @@ def test_correlation_ignores_gain_and_offset_and_counts_a_constant_as_zero():
     assert losses.correlation(I0, torch.ones_like(I0)).item() == 0
 
 
+def test_gradient_of_the_correlation_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(losses.correlation, (a, b))
+    # Where a channel is constant, the correlation is 0 and moves nothing.
+    flat = torch.ones_like(a).requires_grad_()
+    losses.correlation(flat, b).backward()
+    assert flat.grad.isfinite().all()
+
+
+def test_correlation_keeps_half_precision_gradients_close(formula=(I0, I1)):
+    exact = [x.clone().requires_grad_() for x in formula]
+    losses.correlation(*exact).backward()
+    half = [x.bfloat16().requires_grad_() for x in formula]
+    losses.correlation(*half).backward()
+    for a, b in zip(exact, half, strict=True):
+        assert b.grad.dtype == torch.bfloat16
+        assert (a.grad - b.grad.float()).norm() < 0.02 * a.grad.norm()
+
+
 def test_fusion_loss_equals_the_golden_values():
     terms = losses.fusion_loss(I0, I1, I2)
     assert terms["intensity"].item() == pytest.approx(0.24636929, rel=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ import dataprocessing
 from tests.conftest import write_pair
 from utils import ROOT, InputError
 from utils.images import read_grey, read_luma
-from utils.patches import PatchDataset, PatchWriter, is_low_contrast, random_batches
+from utils.patches import PatchDataset, PatchWriter, batches_in_epoch, is_low_contrast, random_batches
 
 
 @pytest.fixture
@@ -259,3 +260,62 @@ def test_epoch_can_be_longer_or_shorter_than_the_patches(numbered):
     assert sum(len(vis) for vis, _ in random_batches(numbered, 4, (0, 0), batches=2)) == 8
     many = torch.cat([vis[:, 0, 0, 0] for vis, _ in random_batches(numbered, 4, (0, 0), batches=5)]) * 255 / 20
     assert np.bincount(many.round().int().numpy()).tolist() == [2] * 10
+
+
+def test_epoch_may_be_begun_in_its_middle(numbered):
+    options = {"crop": 5, "flips": True, "batches": 6}
+    whole = list(random_batches(numbered, 4, (1, 2), **options))
+    rest = list(random_batches(numbered, 4, (1, 2), start=4, **options))
+    assert len(whole) == 6 and len(rest) == 2
+    for expected, got in zip(whole[4:], rest, strict=True):
+        assert torch.equal(expected.vis, got.vis) and torch.equal(expected.ir, got.ir)
+
+
+def test_processes_share_each_batch_and_get_equally_many(numbered):
+    whole = list(random_batches(numbered, 4, (1, 2), crop=5, flips=True))
+    parts = [list(random_batches(numbered, 4, (1, 2), crop=5, flips=True, part=(i, 2))) for i in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert torch.equal(batch.vis[0::2], first.vis) and torch.equal(batch.vis[1::2], second.vis)
+
+
+@pytest.mark.parametrize(("processes", "smallest", "sizes"), [(1, 2, [4, 4, 2]), (1, 3, [4, 4]), (4, 1, [1, 1])])
+def test_last_batch_is_left_out_where_a_process_would_get_too_little(numbered, processes, smallest, sizes):
+    batches = list(random_batches(numbered, 4, (0, 0), part=(0, processes), smallest=smallest))
+    assert [len(batch.vis) for batch in batches] == sizes
+    assert batches_in_epoch(len(numbered), 4, processes, smallest) == len(sizes)
+
+
+def test_flips_and_quarter_turns_are_the_eight_of_the_square(tmp_path):
+    corner = np.zeros((1, 3, 3), np.float32)
+    corner[0, 0, 0], corner[0, 0, 1] = 200, 100  # tells all eight apart
+    with PatchWriter(tmp_path / "c.h5", 3) as writer:
+        writer.add(corner, corner)
+    batches = random_batches(PatchDataset(tmp_path / "c.h5"), 1, (0,), flips=True, batches=100)
+    seen = {tuple((batch.vis * 255).round().int().flatten().tolist()) for batch in batches}
+    turned = [np.rot90(image, k) for image in (corner[0], corner[0].T) for k in range(4)]
+    assert seen == {tuple(image.astype(int).flatten()) for image in turned}
+
+
+# ---- held-out pairs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["compact", "published"])
+def test_every_nth_pair_is_held_out_and_no_patch_is_cut_from_it(tmp_path, layout):
+    for i in range(7):
+        write_pair(tmp_path / "SET", ("vi", "ir"), f"{i}.png", seed=i)
+    out = tmp_path / "p.h5"
+    options = ["--patch-size", "32", "--stride", "32", "--holdout", "3", "--holdout-size", "50", "--layout", layout]
+    assert dataprocessing.main(["--data", str(tmp_path / "SET"), "--out", str(out), *options]) == 0
+    dataset = PatchDataset(out)
+    assert [Path(pair.name).name for pair in dataset.held_out] == ["1.png", "4.png"]
+    vis, ir = read_luma(tmp_path / "SET/vi/4.png"), read_luma(tmp_path / "SET/ir/4.png")
+    middle = np.s_[7:57, 11:61]  # of 64 x 72
+    np.testing.assert_array_equal(dataset.held_out[1].vis, np.round(vis[middle]).astype(np.uint8))
+    np.testing.assert_array_equal(dataset.held_out[1].ir, np.round(ir[middle]).astype(np.uint8))
+    assert len(dataset) == 5 * 4
+
+
+def test_bad_holdouts_are_refused(folder, tmp_path, capsys):
+    for options in (["--holdout", "1"], ["--holdout", "-2"], ["--holdout", "2", "--holdout-size", "40"]):
+        assert dataprocessing.main(["--data", str(folder), "--out", str(tmp_path / "p.h5"), *options]) == 2
+        assert "--holdout" in capsys.readouterr().err
