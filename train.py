@@ -150,9 +150,8 @@ def train(args: argparse.Namespace, system: type) -> int:
                         file=sys.stderr,
                     )
                 return EXIT_UNFINISHED
-        elif is_first() and not run.weights.exists():  # a finished run whose weights were moved away
-            with run.averaged():
-                run.model.save(run.weights, run.about())
+        elif is_first() and not (run.weights.exists() and (run.out / "log.jsonl").exists()):
+            run.write_results()  # a finished run whose weights were moved away, or that died while it wrote them
         if is_first():
             print(
                 f"{run.weights}: {run.epochs} epochs done; score it with "

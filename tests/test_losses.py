@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import reference_net
 from tests.conftest import formula_image, set_formula_weights
 from utils import losses
 from zoo import Batch
@@ -208,3 +209,25 @@ def test_stage_losses_equal_the_published_ones_on_real_images(fusion_data, case)
     }
     for published, ours in names.items():
         assert second[ours].item() == pytest.approx(wanted[published], rel=1e-6), published
+
+
+# ---- the second implementation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_losses_and_gradients_are_those_of_the_transcription(phase):
+    torch.manual_seed(phase)
+    ours, published = CDDFuseSystem(), reference_net.CDDFuse()
+    published.load_state_dict(ours.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    vis, ir = torch.rand(2, 2, 1, 16, 20, generator=generator)
+    expected = reference_net.Training(published).loss(phase, vis, ir)
+    expected.backward()
+    total = ours.stages(ours.Options(), "ivf")[phase - 1].losses(Batch(vis, ir))["total"]
+    total.backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, a), b in zip(ours.named_parameters(), published.parameters(), strict=True):
+        if a.grad is None or b.grad is None:
+            assert a.grad is None and b.grad is None, name
+        else:
+            assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-7, name

@@ -312,6 +312,10 @@ class Run:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
             "random": random_state(self.device),
         })  # fmt: skip
+        self.write_results()
+
+    def write_results(self) -> None:
+        """Writes the weights and the log, which are made of what last.pt holds."""
         with self.averaged():
             self.model.save(self.weights, self.about())
         with whole_file(self.out / "log.jsonl") as temporary:
