@@ -331,8 +331,8 @@ def test_non_finite_gradients_and_weights_are_never_saved(patch_file, tmp_path, 
     else:
         monkeypatch.setattr(torch.optim.Adam, "step", broken_step)
     capsys.readouterr()
-    assert run(patch_file, tmp_path / "other", "--epoch-batches", "1", epochs=(2, 0)) == 2
-    assert f"{where[:6]}" in error_of(capsys)
+    assert run(patch_file, tmp_path / "other", "--epoch-batches", "1", epochs=(1, 0)) == 2
+    assert where in error_of(capsys)
     assert not list((tmp_path / "other").glob("*.p*"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
 
