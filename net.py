@@ -71,7 +71,7 @@ def strips(pixels: int) -> Iterator[None]:
         _strip_pixels.reset(token)
 
 
-def _row_ranges(x: Tensor) -> list[tuple[int, int]]:
+def row_ranges(x: Tensor) -> list[tuple[int, int]]:
     batch, _, height, width = x.shape
     rows = max(1, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
@@ -79,7 +79,7 @@ def _row_ranges(x: Tensor) -> list[tuple[int, int]]:
 
 def _in_strips(function: Callable[[Tensor], Tensor], x: Tensor, halo: int) -> Iterator[Tensor]:
     """function(x) in pieces along H, for a function of which a row depends on at most `halo` rows beside it."""
-    for top, bottom in _row_ranges(x):
+    for top, bottom in row_ranges(x):
         first = max(top - halo, 0)
         piece = function(x[:, :, first : bottom + halo])
         # Rows near an inner edge have seen padding in place of their neighbours; they belong to another piece.

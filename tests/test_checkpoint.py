@@ -144,9 +144,9 @@ def bad_files(folder: Path, model: net.CDDFuse) -> dict[str, tuple[Path, str]]:
     add("twice", "another network", {**content, "CDDF_Encoder": content["DIDF_Encoder"]})
     add("to_resume", "to resume a training from", {"model": {}, "optimizer": {}})
     whole_numbers = {key: value.int() for key, value in content["BaseFuseLayer"].items()}
-    add("not_real", "not a dict of real tensors", {**content, "BaseFuseLayer": whole_numbers})
-    add("not_text", "not a dict of real tensors", {**content, "BaseFuseLayer": {1: torch.zeros(1)}})
-    add("not_tensors", "not a dict of real tensors", {**content, "BaseFuseLayer": {"a": 1}})
+    add("not_real", "torch.int32 where torch.float32", {**content, "BaseFuseLayer": whole_numbers})
+    add("not_text", "not a dict of tensors", {**content, "BaseFuseLayer": {1: torch.zeros(1)}})
+    add("not_tensors", "not a dict of tensors", {**content, "BaseFuseLayer": {"a": 1}})
     fewer = {k: v for k, v in content["DIDF_Decoder"].items() if "output.2" not in k}
     add("missing_key", r"1 keys are missing \(output.2.weight\)", {**content, "DIDF_Decoder": fewer})
     more = {**content["DIDF_Decoder"], "module.extra.bias": torch.zeros(1)}

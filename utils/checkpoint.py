@@ -137,8 +137,10 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
     """The wanted networks of a file, under their published names, keys without `module.`."""
     if {"model", "optimizer"} <= content.keys():
         raise InputError(f"{path} is a file to resume a training from, not weights; they lie beside it")
-    names = [_ALIASES.get(name, name) for name in content if name != ABOUT]
-    found = {_ALIASES.get(name, name): value for name, value in content.items() if name != ABOUT}
+    # Some published files say beside their networks how long they were trained; a plain value is no network.
+    parts = {k: v for k, v in content.items() if k != ABOUT and not isinstance(v, (int, float, str))}
+    names = [_ALIASES.get(name, name) for name in parts]
+    found = {_ALIASES.get(name, name): value for name, value in parts.items()}
     if set(found) != set(wanted) or len(names) > len(found):
         raise InputError(
             f"{path} holds {listed(names)} where {listed(wanted)} are expected: "
@@ -146,10 +148,9 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
         )
     for name, state in found.items():
         if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
-            for key, value in state.items()
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
         ):
-            raise InputError(f"{path}: {name} is not a dict of real tensors; name the right file with --weights")
+            raise InputError(f"{path}: {name} is not a dict of tensors; name the right file with --weights")
     return {name: {key.removeprefix(_PREFIX): value for key, value in state.items()} for name, state in found.items()}
 
 
@@ -166,4 +167,10 @@ def _check_keys(path: Path, name: str, state: StateDict, wanted: StateDict) -> N
             raise InputError(
                 f"{path}: {name} has {key} of shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected; "
                 "it was made for another size of this network: name the right file with --weights"
+            )
+        found = state[key].dtype
+        if found != value.dtype and not (found.is_floating_point and value.is_floating_point()):
+            raise InputError(
+                f"{path}: {name} has {key} of type {found} where {value.dtype} is expected; "
+                "name the right file with --weights"
             )

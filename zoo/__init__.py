@@ -31,7 +31,7 @@ from utils import InputError
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
 # Name on the command line -> module and class. Imported when asked for: one system never needs another.
-SYSTEMS = {"cddfuse": ("zoo.cddfuse", "CDDFuseSystem")}
+SYSTEMS = {"cddfuse": ("zoo.cddfuse", "CDDFuseSystem"), "mlfuse": ("zoo.mlfuse", "MLFuseSystem")}
 
 
 def option(
@@ -63,10 +63,12 @@ def check_options(options: Any) -> None:
 
 
 class Batch(NamedTuple):
-    """Training patches, (B, 1, H, W) in [0, 1] each."""
+    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps where the patch file has them."""
 
     vis: Tensor
     ir: Tensor
+    vis_saliency: Tensor | None = None
+    ir_saliency: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class CDDFuseSystem(net.CDDFuse):
         all_networks = {**pair_networks, "base_fusion": self.base_fusion, "detail_fusion": self.detail_fusion}
 
         def decomposition_losses(batch: Batch) -> dict[str, Tensor]:
-            images = torch.cat(batch)
+            images = torch.cat([batch.vis, batch.ir])
             base, detail, _ = self.encoder(images)
             rebuilt = self.decoder(None if skip == "none" else images, base, detail)[0]
             vis_rebuilt, ir_rebuilt = rebuilt.chunk(2)
@@ -74,7 +74,7 @@ class CDDFuseSystem(net.CDDFuse):
             return terms
 
         def fusion_losses(batch: Batch) -> dict[str, Tensor]:
-            base, detail, _ = self.encoder(torch.cat(batch))
+            base, detail, _ = self.encoder(torch.cat([batch.vis, batch.ir]))
             fused = self.decode_fused(batch.vis, batch.ir, base, detail, skip)
             terms = decomposition_loss(*base.chunk(2), *detail.chunk(2))
             terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)
