@@ -234,7 +234,7 @@ def test_without_benchmark_folders_the_samples_are_shown_and_the_user_is_told(sc
     monkeypatch.delenv("FUSION_DATA", raising=False)
     from utils import testing
 
-    args = type("Args", (), {"data": None, "sets": None})()
+    args = type("Args", (), {"data": None, "sets": None, "pairs": "folders", "stems": None})()
     benchmark = script.IVF if script is test_IVF else script.MIF
     if any((ROOT / "test_img" / name).is_dir() for name in benchmark.sets):
         pytest.skip("the benchmark folders are in test_img/")

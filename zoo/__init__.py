@@ -4,9 +4,12 @@ A system is a class that is an `nn.Module` and has
 
 - `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
   `smallest_patch` of a training patch, in pixels;
+- `weights`: task -> file names in models/ that a test script runs by default, none if none are bundled; `columns` of
+  its published table; `row_label(task, stem)`: how the row of a weight file is called in it;
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
-- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
+- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused (B, 1, H, W) in [0, 1], or in a
+  range that its docstring names, to be stretched or clipped to that;
 - `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
   the images;
 - `stages(options, task)`: the training, as a list of `Stage`;

@@ -13,6 +13,7 @@ import net
 from utils import InputError
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, reconstruction_loss
+from utils.scores import PUBLISHED_COLUMNS
 from zoo import Batch, Stage, check_options, option
 
 
@@ -39,7 +40,13 @@ class CDDFuseSystem(net.CDDFuse):
     skips = net.SKIPS
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
+    weights = {"ivf": ("CDDFuse_IVF.pth",), "mif": ("CDDFuse_IVF.pth", "CDDFuse_MIF.pth")}
+    columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
+
+    @staticmethod
+    def row_label(task: str, stem: str) -> str:
+        return "CDDFuse    " if task == "ivf" else stem  # as published
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:

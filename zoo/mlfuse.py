@@ -37,6 +37,7 @@ import net
 from utils import InputError
 from utils.checkpoint import ABOUT, load_checkpoint, save_file
 from utils.losses import multi_branch_loss
+from utils.metrics import PAPER_TABLE
 from zoo import Batch, Stage, check_options, option
 
 SMALLEST_SIDE = 15  # the edge branch pools 7 x 7 after a stride of two
@@ -204,10 +205,11 @@ class AttentionBranch(nn.Module):
         for top, bottom in ranges:
             x = _at_least_float32(rows(top, bottom)).flatten(2)  # (B, 32, n)
             scores = F.conv1d(x, self.conv_q_right.weight.flatten(2).to(x.dtype))  # (B, 1, n)
+            # torch's softmax adds up 65 536 pixels with an error of 5e-5, which shows in the fused image; this does not.
+            sums.append(scores.logsumexp(dim=2))
+            pooled.append((x * (scores - sums[-1][:, :, None]).exp()).sum(dim=2))
             means.append(x.mean(dim=2))
             sizes.append(bottom - top)
-            pooled.append((x * scores.softmax(dim=2)).sum(dim=2))
-            sums.append(scores.logsumexp(dim=2))
         # Values are mixed before they are projected, where the published code does it after: the projections are
         # linear and without bias, so it is the same, and one product an image instead of one a pixel.
         share = torch.stack(sums).softmax(dim=0)  # of each strip in the softmax over all pixels
@@ -302,6 +304,8 @@ class MLFuseSystem(nn.Module):
     skips = ("none",)  # its output layer is given no image
     smallest_side = SMALLEST_SIDE
     smallest_patch = SMALLEST_SIDE
+    weights = {"ivf": (), "mif": ()}
+    columns = PAPER_TABLE  # its own values come from a toolbox with other conventions
     Options = Options
     published_networks = {"model": "network"}
 
@@ -314,6 +318,10 @@ class MLFuseSystem(nn.Module):
         if skip not in self.skips:
             raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
         return self.network(vis, ir).fused
+
+    @staticmethod
+    def row_label(task: str, stem: str) -> str:
+        return f"MLFuse {stem}"
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
