@@ -250,20 +250,15 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
         InputError: the stems are equal, a file fits both, or not a single pair is found.
     """
     images = _images_by_stem(Path(folder))
-    sides = [
-        {
-            name.removeprefix(stem): path
-            for name, path in images.items()
-            if re.fullmatch(re.escape(stem) + "[0-9]+", name)
-        }
-        for stem in (vis_stem, ir_stem)
-    ]
-    both = set(sides[0].values()) & set(sides[1].values())
-    if both:
-        raise InputError(
-            f"{listed(both)} may be of either role for the stems {vis_stem} and {ir_stem}; rename the files"
-        )
-    vis, ir = sides
+
+    def numbered(stem: str) -> dict[str, Path]:
+        names = [name for name in images if re.fullmatch(re.escape(stem) + "[0-9]+", name)]
+        return {name.removeprefix(stem): images[name] for name in names}
+
+    vis, ir = numbered(vis_stem), numbered(ir_stem)
+    either = set(vis.values()) & set(ir.values())
+    if either:
+        raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
     numbers = sorted(vis.keys() & ir.keys(), key=lambda number: (int(number), number))
     if not numbers:
         present = {re.sub("[0-9]+$", "", name) for name in images if name[-1:].isdigit()}

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         "--pairs",
         choices=("folders", "flat"),
         default="folders",
-        help="folders: two sub-folders, equal names; flat: one folder, numbered files of two --stems (default: folders)",
+        help="folders: two sub-folders of equal names; flat: one folder, numbers after two --stems (default: folders)",
     )
     add(
         "--stems",
