@@ -71,9 +71,10 @@ def strips(pixels: int) -> Iterator[None]:
         _strip_pixels.reset(token)
 
 
-def row_ranges(x: Tensor) -> list[tuple[int, int]]:
+def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
+    """The strips of an image, as (first row, row after the last), of at least `fewest` rows but for the last one."""
     batch, _, height, width = x.shape
-    rows = max(1, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
+    rows = max(fewest, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 

@@ -25,7 +25,7 @@ from utils.images import read_grey
 from utils.inference import to_network
 from utils.losses import ssim_map
 from zoo import Batch
-from zoo.mlfuse import MLFuse, MLFuseSystem, Options, resized_rows
+from zoo.mlfuse import STRIP_ROWS, MLFuse, MLFuseSystem, Options, resized_rows
 
 # mean, standard deviation, [0,0,0,0], [0,0,20,18], last value
 PUBLISHED = {
@@ -167,8 +167,8 @@ def test_forward_equals_the_second_implementation(network, size):
         torch.testing.assert_close(double(*images).fused, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [(15, 40), (31, 22), (64, 16)])
-@pytest.mark.parametrize("pixels", [1, 100, 500])
+@pytest.mark.parametrize("size", [(33, 22), (64, 16), (101, 15)])
+@pytest.mark.parametrize("pixels", [1, 1000, 1400])  # strips of 32 rows, and of 31 to 46
 def test_strips_of_any_height_give_the_result_of_the_whole_image(network, size, pixels):
     double = MLFuse().eval().double()
     double.load_state_dict(network.state_dict())
@@ -177,7 +177,10 @@ def test_strips_of_any_height_give_the_result_of_the_whole_image(network, size, 
     with torch.no_grad():
         wanted = double(first, second)
         with net.strips(pixels):
+            assert len(net.row_ranges(first, STRIP_ROWS)) > 1
             got = double(first, second)
+            fused = double.fuse(first, second)
+    torch.testing.assert_close(fused, wanted.fused, rtol=0, atol=1e-12)
     for name, x in wanted._asdict().items():
         torch.testing.assert_close(getattr(got, name), x, rtol=0, atol=1e-12, msg=name)
 

@@ -18,13 +18,13 @@ gathered strip by strip before the pass that makes the fused rows:
 - the edge branch's pooled features, about H/6 x W/6, on which it convolves before it resizes them to H x W.
 
 Everything else is convolutions, and a fused row depends on six rows of the images on either side. Input features
-are made anew in each pass instead of kept, so that memory beyond the images and the result is that of one strip and
-of the pooled features: 16 x H/6 x W numbers once they are resized along the rows.
+are made anew in each pass instead of kept, so that memory beyond the images and the result is that of one strip, and
+of the pooled features: 16 x H/6 x W numbers after they were resized to W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ from zoo import Batch, Stage, check_options, option
 SMALLEST_SIDE = 15  # the edge branch pools 7 x 7 after a stride of two
 BRANCH_HALO = 3  # rows beside a row that a branch looks at: three 3x3 convolutions in the cross-modal branch
 MERGE_HALO = 2  # and two in the merging layer
+STRIP_ROWS = 32  # at least, so that the rows beside a strip, which are worked on twice, are few
 
 
 class Outputs(NamedTuple):
@@ -256,19 +257,26 @@ class MLFuse(nn.Module):
         Raises:
             ValueError: the shapes differ, or a side is shorter than 15.
         """
+        pieces = list(self._strips(img1, img2))
+        return pieces[0] if len(pieces) == 1 else Outputs(*(torch.cat(x, dim=2) for x in zip(*pieces, strict=True)))
+
+    def fuse(self, img1: Tensor, img2: Tensor) -> Tensor:
+        """The fused image of `forward` alone, (B, 1, H, W) in (-1, 1); the images of the branches are not kept."""
+        return torch.cat([piece.fused for piece in self._strips(img1, img2)], dim=2)
+
+    def _strips(self, img1: Tensor, img2: Tensor) -> Iterator[Outputs]:
         if img1.shape != img2.shape or img1.ndim != 4 or min(img1.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(
                 f"MLFuse needs two (B, 1, H, W) of one shape with H and W at least {SMALLEST_SIDE}, "
                 f"got {tuple(img1.shape)} and {tuple(img2.shape)}"
             )
         height, width = img1.shape[2:]
-        ranges = net.row_ranges(img1)
+        ranges = net.row_ranges(img1, STRIP_ROWS)
         inputs = ((self.inc_edg, img1), (self.inc_ssd, img2), (self.inc_cmk_1, img1), (self.inc_cmk_2, img2))
         edge_rows, salient_rows, *cross_rows = (input_rows(*pair, in_strips=len(ranges) > 1) for pair in inputs)
         pooled = self.edg_net.pool(edge_rows, ranges, height, width)
         context = self.ssd_net.gather(salient_rows, ranges)
         halo = BRANCH_HALO + MERGE_HALO
-        pieces = []
         for top, bottom in ranges:
             first, last = max(top - halo, 0), min(bottom + halo, height)
             edge_features, edge = self.edg_net(edge_rows(first, last), pooled, first, height)
@@ -277,8 +285,7 @@ class MLFuse(nn.Module):
             merged = self.layer(torch.cat([edge_features, cross_features, attention_features], dim=1))
             outputs = (torch.tanh(self.outc(merged)), edge, cross, attention)
             # Rows near an inner edge have seen padding in place of their neighbours; they belong to another strip.
-            pieces.append([x[:, :, top - first : bottom - first] for x in outputs])
-        return Outputs(*(x[0] if len(ranges) == 1 else torch.cat(x, dim=2) for x in zip(*pieces, strict=True)))
+            yield Outputs(*(x[:, :, top - first : bottom - first] for x in outputs))
 
 
 @dataclass(frozen=True)
@@ -317,7 +324,7 @@ class MLFuseSystem(nn.Module):
         """(B, 1, H, W) in [0, 1] twice -> (B, 1, H, W) in (-1, 1): stretch it to the full range, as published."""
         if skip not in self.skips:
             raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
-        return self.network(vis, ir).fused
+        return self.network.fuse(vis, ir)
 
     @staticmethod
     def row_label(task: str, stem: str) -> str:
