@@ -18,6 +18,7 @@ from tqdm import tqdm
 from utils import EXIT_BAD_INPUT, InputError, check_writable, run_script
 from utils.images import Pair, check_same_size, find_modalities, list_pairs, read_luma
 from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
+from utils.saliency import visual_saliency
 
 SMALLEST_SCORED = 41  # pixels a side that every metric of the table can work on (VIF)
 
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep every N-th pair of each data set out of the patches, for train.py to validate on (default: 0, none)",
     )
     add("--holdout-size", type=int, default=256, help="the middle of a held-out pair, this many pixels (default: 256)")
+    add("--saliency", action="store_true", help="store saliency maps of the infrared images, which MLFuse trains on")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -101,19 +103,19 @@ def prepare(args: argparse.Namespace) -> int:
         "holdout": args.holdout,
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
-    with PatchWriter(out, args.patch_size, args.layout, about) as writer:
+    with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency) as writer:
         for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
             try:
                 if pair in held_out:
                     writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size))
                     continue
-                vis, ir = cut_patches(pair, args.patch_size, args.stride)
+                vis, ir, *saliency = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency)
             except (InputError, OSError) as error:
                 bad.append(pair.name)
                 tqdm.write(f"warning: {error}; left out", file=sys.stderr)
                 continue
             good = [not any(is_low_contrast(p, args.legacy_filter) for p in both) for both in zip(vis, ir, strict=True)]
-            writer.add(vis[good], ir[good])
+            writer.add(*(patches[good] for patches in (vis, ir, *saliency)))
             kept += sum(good)
             dropped += len(good) - sum(good)
         if not kept:
@@ -158,8 +160,8 @@ def read_middle(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
     return vis[middle], ir[middle]
 
 
-def cut_patches(pair: Pair, size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """All patches of a pair, (N, size, size) float32 in [0, 255], vis and ir.
+def cut_patches(pair: Pair, size: int, stride: int, *, saliency: bool = False) -> list[np.ndarray]:
+    """All patches of a pair, (N, size, size) float32 in [0, 255]: vis, ir, and on request the saliency of ir.
 
     Raises:
         InputError: unreadable, of two sizes, or smaller than a patch.
@@ -169,7 +171,11 @@ def cut_patches(pair: Pair, size: int, stride: int) -> tuple[np.ndarray, np.ndar
     windows = patch_windows(*vis.shape, size, stride)
     if not windows:
         raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}, smaller than a patch of {size}x{size}")
-    return np.stack([vis[window] for window in windows]), np.stack([ir[window] for window in windows])
+    images = [vis, ir]
+    if saliency:
+        # Of the whole image: what stands out in a patch is another question.
+        images.append(visual_saliency(ir).astype(np.float32))
+    return [np.stack([image[window] for window in windows]) for image in images]
 
 
 if __name__ == "__main__":

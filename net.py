@@ -71,15 +71,16 @@ def strips(pixels: int) -> Iterator[None]:
         _strip_pixels.reset(token)
 
 
-def _row_ranges(x: Tensor) -> list[tuple[int, int]]:
+def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
+    """The strips of an image, as (first row, row after the last), of at least `fewest` rows but for the last one."""
     batch, _, height, width = x.shape
-    rows = max(1, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
+    rows = max(fewest, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _in_strips(function: Callable[..., Tensor], *maps: Tensor, halo: int) -> Iterator[Tensor]:
     """function(*maps) in pieces along H, for a function of which a row depends on at most `halo` rows beside it."""
-    for top, bottom in _row_ranges(maps[0]):
+    for top, bottom in row_ranges(maps[0]):
         first = max(top - halo, 0)
         piece = function(*(x[:, :, first : bottom + halo] for x in maps))
         # Rows near an inner edge have seen padding in place of their neighbours; they belong to another piece.

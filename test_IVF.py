@@ -3,6 +3,7 @@
 python test_IVF.py                       # TNO and RoadScene, or the bundled samples where those are absent
 python test_IVF.py --data my_images      # my_images/vi/*.png and my_images/ir/*.png
 python test_IVF.py --weights runs/cddfuse_ivf/CDDFuse_IVF.pth --baselines
+python test_IVF.py --system mlfuse --weights model_fuse.pth
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ IVF = Benchmark(
     task="ivf",
     sets=("TNO", "RoadScene"),
     samples=("Sample_IVF",),
-    weights=("CDDFuse_IVF.pth",),
-    row_label=lambda system, stem: f"{system}    ",
 )
 
 

@@ -3,9 +3,10 @@
     python test_MIF.py                       # MRI_CT, MRI_PET and MRI_SPECT, or the bundled samples
     python test_MIF.py --data my_images      # my_images/MRI/*.png and my_images/PET/*.png
     python test_MIF.py --weights models/CDDFuse_MIF.pth --skip none
+    python test_MIF.py --system mlfuse --weights model_fuse.pth --data ct_mri_set --pairs flat --stems mrict ct
 
-By default both the infrared-visible weights (the decoder sees the sum of both images) and the medical ones (it
-sees none) are run, as published.
+By default both of CDDFuse's weights are run, the infrared-visible ones (the decoder sees the sum of both images) and
+the medical ones (it sees none), as published.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ MIF = Benchmark(
     task="mif",
     sets=("MRI_CT", "MRI_PET", "MRI_SPECT"),
     samples=("Sample_MRI_CT", "Sample_MRI_PET"),
-    weights=("CDDFuse_IVF.pth", "CDDFuse_MIF.pth"),
-    row_label=lambda system, stem: stem,
 )
 
 

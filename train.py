@@ -54,11 +54,13 @@ class Options:
     min_lr: float = option(1e-6, "the schedule goes no lower", low=0)
     warmup_steps: int = option(0, "steps over which the rate rises to its value, before either schedule", low=0)
     clip_norm: float = option(0.01, "largest gradient norm of each network; 0: no limit", low=0)
+    weight_decay: float = option(0.0, "of Adam, added to the gradient", low=0)
     crop: int = option(0, "side of a random crop of each patch; 0: the whole patch", low=0)
     flips: bool = option(False, "flip and quarter-turn patches at random")
     epoch_batches: int = option(0, "steps an epoch; 0: one pass over the patches", low=0)
     ema: float = option(0.0, "decay a step of the running average of the weights, which is what is kept; 0: none",
                         low=0, below=1)  # fmt: skip
+    drop_last: bool = option(False, "leave out a last batch that is smaller than the others")
     precision: str = option("float32", "bfloat16: autocast, with the losses in float32", choices=tuple(PRECISIONS))
     seed: int = option(0, "of the first weights and of the order, crops and flips of the patches", low=0)
 
@@ -94,7 +96,7 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
     )
     add(
         "--recipe",
-        choices=(PUBLISHED, *recipes_of(system)),
+        choices=list(dict.fromkeys([PUBLISHED, *recipes_of(system)])),
         default=recipe,
         help=f"where the defaults of all options below come from (default: {default_recipe(system)})",
     )

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 
 from utils import InputError
-from utils.images import Pair, find_modalities, list_pairs, read_grey, read_luma, write_grey
+from utils.images import (
+    Pair,
+    chroma,
+    find_modalities,
+    is_coloured,
+    list_flat_pairs,
+    list_pairs,
+    read_colour,
+    read_grey,
+    read_luma,
+    with_colour_of,
+    write_colour,
+    write_grey,
+)
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)  # BGR
 
@@ -182,3 +195,93 @@ def test_folder_of_several_sets_is_refused(tmp_path):
 def test_folder_without_modalities_names_what_it_needs(tmp_path):
     with pytest.raises(FileNotFoundError, match="vi/ and ir/"):
         find_modalities(tmp_path)
+
+
+def test_colours_are_read_red_first_and_written_as_they_are(tmp_path):
+    path = write(tmp_path / "a.png", COLOUR)
+    colours = read_colour(path)
+    np.testing.assert_array_equal(colours, COLOUR[..., ::-1])
+    write_colour(tmp_path / "b.png", colours)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "b.png")), COLOUR)
+    np.testing.assert_allclose(
+        read_colour(write(tmp_path / "c.png", COLOUR.astype(np.uint16) * 257)), colours, rtol=0, atol=1e-4
+    )  # float32 at 255
+
+
+def test_colours_beyond_the_range_are_clipped_not_wrapped(tmp_path):
+    write_colour(tmp_path / "a.png", np.array([[[300.0, -20.0, 100.5]]]))
+    assert cv2.imread(str(tmp_path / "a.png"))[0, 0].tolist() == [101, 0, 255]  # blue first in OpenCV
+    with pytest.raises(InputError, match=r"\(H, W, 3\)"):
+        write_colour(tmp_path / "a.png", np.zeros((4, 4)))
+
+
+def test_chroma_is_the_full_range_rule_of_jpeg():
+    rgb = COLOUR[..., ::-1].astype(np.float32)
+    wanted = cv2.cvtColor(rgb / 255, cv2.COLOR_RGB2YCrCb)[..., [2, 1]] * 255 - 127.5
+    np.testing.assert_allclose(chroma(rgb), wanted, rtol=0, atol=0.2)  # OpenCV rounds its factors to 0.564 and 0.713
+    primaries = np.float32([[[0, 0, 255], [255, 0, 0]]])
+    np.testing.assert_allclose(chroma(primaries)[0, :, [0, 1]].diagonal(), [127.5, 127.5], atol=1e-4)
+
+
+def test_an_image_with_its_own_colour_and_luma_is_itself():
+    rgb = COLOUR[..., ::-1].astype(np.float32)
+    luma = rgb @ np.float32([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(with_colour_of(luma, rgb), rgb, rtol=0, atol=1e-3)  # float32 at 255
+    brighter = with_colour_of(luma + 10, rgb)
+    np.testing.assert_allclose(brighter, rgb + 10, rtol=0, atol=1e-3)  # all of the range is luma: no 16..235
+
+
+def test_two_colours_are_averaged_by_their_own_size_and_grey_has_no_say():
+    orange, blue = np.full((2, 2, 3), [250, 120, 20], np.float32), np.full((2, 2, 3), [80, 100, 160], np.float32)
+    grey = np.full((2, 2, 3), 90, np.float32)
+    fused = np.full((2, 2), 128, np.float32)
+    a, b = chroma(orange)[0, 0], chroma(blue)[0, 0]
+    wanted = (a * abs(a) + b * abs(b)) / (abs(a) + abs(b))
+    np.testing.assert_allclose(chroma(with_colour_of(fused, orange, blue))[0, 0], wanted, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(with_colour_of(fused, orange, grey), with_colour_of(fused, orange), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(with_colour_of(fused, grey, grey), 128, rtol=0, atol=1e-3)
+    assert is_coloured(orange) and not is_coloured(grey)
+
+
+def test_truncation_is_written_on_request(tmp_path):
+    write_grey(tmp_path / "a.png", np.array([[0.99, 1.5, 254.999, 255.0]]), truncate=True)
+    assert read_grey(tmp_path / "a.png").tolist() == [[0, 1, 254, 255]]
+
+
+def flat_folder(folder: Path, *names: str) -> Path:
+    for name in names:
+        write(folder / name, COLOUR)
+    return folder
+
+
+def test_numbered_files_of_one_folder_are_paired_by_number_and_in_its_order(tmp_path):
+    folder = flat_folder(
+        tmp_path, "ct0.png", "mrict0.png", "ct10.png", "mrict10.jpg", "ct2.png", "mrict2.png", "ct3.png", "pet2.png"
+    )
+    found = list_flat_pairs(folder, "mrict", "ct")
+    assert [(pair.name, pair.vis.name, pair.ir.name) for pair in found.pairs] == [
+        ("0", "mrict0.png", "ct0.png"), ("2", "mrict2.png", "ct2.png"), ("10", "mrict10.jpg", "ct10.png"),
+    ]  # fmt: skip
+    assert (found.only_vis, found.only_ir) == ((), ("ct3.png",))
+    exchanged = list_flat_pairs(folder, "ct", "mrict")
+    assert [pair.vis.name for pair in exchanged.pairs] == ["ct0.png", "ct2.png", "ct10.png"]
+
+
+def test_stems_with_digits_and_dots_are_taken_literally(tmp_path):
+    folder = flat_folder(tmp_path, "t1.w_01.png", "3d01.png", "t1xw_01.png")
+    assert [pair.name for pair in list_flat_pairs(folder, "t1.w_", "3d").pairs] == ["01"]
+
+
+@pytest.mark.parametrize(
+    ("names", "stems", "message"),
+    [
+        (("ct1.png", "mr2.png"), ("mr", "ct"), "the stems in it are ct, mr"),
+        (("a.png",), ("mr", "ct"), "nothing"),
+        (("a12.png", "a2.png"), ("a", "a1"), "of either role"),
+        (("a1.png", "a2.png"), ("a", "a"), "of either role"),
+        (("a1.png", "a1.jpg", "b1.png"), ("a", "b"), "share a name"),
+    ],
+)
+def test_flat_folders_without_clear_pairs_are_refused(tmp_path, names, stems, message):
+    with pytest.raises(InputError, match=message):
+        list_flat_pairs(flat_folder(tmp_path, *names), *stems)

@@ -17,6 +17,7 @@ from tests.conftest import write_pair
 from utils import ROOT, InputError
 from utils.images import read_grey, read_luma
 from utils.patches import PatchDataset, PatchWriter, batches_in_epoch, is_low_contrast, random_batches
+from utils.saliency import visual_saliency
 
 
 @pytest.fixture
@@ -319,3 +320,19 @@ def test_bad_holdouts_are_refused(folder, tmp_path, capsys):
     for options in (["--holdout", "1"], ["--holdout", "-2"], ["--holdout", "2", "--holdout-size", "40"]):
         assert dataprocessing.main(["--data", str(folder), "--out", str(tmp_path / "p.h5"), *options]) == 2
         assert "--holdout" in capsys.readouterr().err
+
+
+# ---- saliency maps ---------------------------------------------------------------------------------------
+
+
+def test_saliency_patches_are_cut_from_the_map_of_the_whole_image(folder, tmp_path):
+    out = tmp_path / "p.h5"
+    options = ["--patch-size", "32", "--stride", "32", "--saliency"]
+    assert dataprocessing.main(["--data", str(folder), "--out", str(out), *options]) == 0
+    dataset = PatchDataset(out)
+    expected = visual_saliency(read_luma(folder / "ir/01.png"))
+    np.testing.assert_array_equal(dataset.ir_saliency[1], expected[:32, 32:64])
+    batch = next(random_batches(dataset, 2, (0,), crop=8, flips=True))
+    assert batch.ir_saliency.shape == batch.ir.shape and batch.vis_saliency is None
+    with pytest.raises(InputError, match="compact"):
+        PatchWriter(out, 32, "published", saliency=True)

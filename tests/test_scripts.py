@@ -20,11 +20,12 @@ import train
 from tests.conftest import write_pair
 from utils import ROOT
 from utils.checkpoint import save_checkpoint
-from utils.images import read_grey, write_grey
+from utils.images import chroma, read_colour, read_grey, write_grey
 from utils.inference import fuse_arrays
 from utils.manifests import make_manifest
 from utils.metrics import score
 from zoo.cddfuse import CDDFuseSystem
+from zoo.mlfuse import MLFuseSystem
 
 HEADER = "\t\t EN\t SD\t SF\t MI\tSCD\tVIF\tQabf\tSSIM"
 
@@ -237,7 +238,7 @@ def test_without_benchmark_folders_the_samples_are_shown_and_the_user_is_told(sc
     monkeypatch.delenv("FUSION_DATA", raising=False)
     from utils import testing
 
-    args = type("Args", (), {"data": None, "sets": None})()
+    args = type("Args", (), {"data": None, "sets": None, "pairs": "folders", "stems": None})()
     benchmark = script.IVF if script is test_IVF else script.MIF
     if any((ROOT / "test_img" / name).is_dir() for name in benchmark.sets):
         pytest.skip("the benchmark folders are in test_img/")
@@ -267,6 +268,131 @@ def test_whole_way_from_folders_to_a_table(infrared, tmp_path, capsys):
         test_IVF, capsys, "--data", infrared, "--weights", out / "CDDFuse_IVF.pth", "--out", tmp_path / "o"
     )
     assert code == 0 and "The test result of MINE :" in printed
+
+
+@pytest.fixture
+def mlfuse_weights(tmp_path):
+    torch.manual_seed(5)
+    MLFuseSystem().save(tmp_path / "small.pth", {"task": "mif"})
+    return tmp_path / "small.pth"
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A folder with mr0, ct0, mr1 and ct1 in the published layout of MLFuse."""
+    for seed, number in enumerate("01"):
+        write_pair(tmp_path / "made", ("mr", "ct"), f"{number}.png", seed, size=(43, 51))
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        for stem in ("mr", "ct"):
+            (tmp_path / "made" / stem / f"{number}.png").rename(tmp_path / "flat" / f"{stem}{number}.png")
+    return tmp_path / "flat"
+
+
+@pytest.mark.parametrize("script", [test_IVF, test_MIF])
+def test_another_system_prints_the_same_table_under_its_own_name(infrared, mlfuse_weights, tmp_path, capsys, script):
+    options = ("--system", "mlfuse", "--data", infrared, "--weights", mlfuse_weights, "--out", tmp_path / "out")
+    code, out, _ = run(script, capsys, *options)
+    lines = out.split("\n")
+    assert code == 0 and lines[4] == HEADER and lines[5].startswith("MLFuse small\t")
+    facts = json.loads((tmp_path / "out/small/MINE/metrics.json").read_text())
+    assert (facts["system"], facts["vis"], facts["ir"]) == ("MLFuse", "vi", "ir")
+    fused = read_grey(tmp_path / "out/small/MINE/b.png")
+    assert fused.min() == 0 and fused.max() == 255
+
+
+def test_system_without_bundled_weights_asks_for_a_file(infrared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MLFuseSystem, "weights", {"ivf": (), "mif": ()})
+    code, _, err = run(test_IVF, capsys, "--system", "mlfuse", "--data", infrared, "--out", tmp_path / "out")
+    assert code == 2 and "name a file with --weights" in err
+
+
+def test_weights_of_another_system_are_refused(infrared, weights, mlfuse_weights, tmp_path, capsys):
+    options = ("--data", infrared, "--out", tmp_path / "out")
+    for system, path in (("mlfuse", weights), ("cddfuse", mlfuse_weights)):
+        code, _, err = run(test_IVF, capsys, "--system", system, "--weights", path, *options)
+        assert code == 2 and "another network" in err
+
+
+def test_images_below_the_smallest_side_are_named(mlfuse_weights, tmp_path, capsys):
+    write_pair(tmp_path / "S", ("vi", "ir"), "a.png", 0, size=(14, 60))
+    options = ("--system", "mlfuse", "--data", tmp_path / "S", "--weights", mlfuse_weights, "--out", tmp_path / "out")
+    code, _, err = run(test_IVF, capsys, *options)
+    assert code == 2 and "at least 15 pixels" in err
+
+
+def test_flat_folder_is_read_in_the_roles_that_are_asked_for(flat, mlfuse_weights, tmp_path, capsys):
+    images = {}
+    for stems in (("mr", "ct"), ("ct", "mr")):
+        code, out, _ = run(
+            test_MIF, capsys, "--system", "mlfuse", "--weights", mlfuse_weights, "--data", flat, "--pairs", "flat",
+            "--stems", *stems, "--out", tmp_path / stems[0], "--baselines",
+        )  # fmt: skip
+        folder = tmp_path / stems[0] / "small" / "flat"
+        assert code == 0 and "2 pairs" in out and f"{stems[0]} only" in out
+        facts = json.loads((folder / "metrics.json").read_text())
+        assert (facts["vis"], facts["ir"]) == stems
+        images[stems] = read_grey(folder / "1.png")
+    model = MLFuseSystem().eval()
+    model.load_published(mlfuse_weights)
+    mr, ct = (read_grey(flat / f"{stem}1.png") for stem in ("mr", "ct"))
+    for stems, (vis, ir) in {("mr", "ct"): (mr, ct), ("ct", "mr"): (ct, mr)}.items():
+        np.testing.assert_array_equal(images[stems], np.floor(fuse_arrays(model, vis, ir, "none") + 0.5))
+    assert (images["mr", "ct"] != images["ct", "mr"]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--pairs", "flat"), "needs --data DIR and --stems VIS IR"),
+        (("--stems", "mr", "ct"), "add --pairs flat"),
+        (("--pairs", "flat", "--stems", "mri", "ct"), "the stems in it are ct, mr"),
+        (("--pairs", "flat", "--stems", "mr", "ct", "--sets", "none"), "no image folder"),
+        (("--pairs", "flat", "--stems", "mr", "ct", "--skip", "vis"), "takes one of: none"),
+        (("--pairs", "flat", "--stems", "mr", "ct", "--columns", "EN", "LPIPS"), "no metric or table 'LPIPS'"),
+    ],
+)
+def test_roles_are_never_guessed(flat, mlfuse_weights, tmp_path, capsys, options, message):
+    base = ("--system", "mlfuse", "--weights", mlfuse_weights, "--data", flat, "--out", tmp_path / "out")
+    code, _, err = run(test_MIF, capsys, *base, *options)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_are_metrics_or_a_published_table(infrared, weights, tmp_path, capsys):
+    options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    lines = run(test_IVF, capsys, *options, "--columns", "fsidfusion")[1].split("\n")
+    assert lines[4] == HEADER + "\tAG\tCC\tPSNR" and len(lines[5].split("\t")) == 12
+    lines = run(test_IVF, capsys, *options, "--columns", "PSNR", "EN", "PSNR")[1].split("\n")
+    means = json.loads((tmp_path / "out/CDDFuse_IVF/MINE/metrics.json").read_text())["mean"]
+    assert lines[4] == "\t\t PSNR\t EN"
+    assert lines[5].split("\t")[1:] == [str(round(means["PSNR"], 2)), str(round(means["EN"], 2))]
+
+
+def test_legacy_rounding_truncates_and_says_so(infrared, weights, model, tmp_path, capsys):
+    options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    assert "truncated" not in run(test_IVF, capsys, *options)[1]
+    assert "float32, truncated to 8 bits" in run(test_IVF, capsys, *options, "--legacy-rounding")[1]
+    vis, ir = (read_grey(infrared / modality / "b.png") for modality in ("vi", "ir"))
+    written = read_grey(tmp_path / "out/CDDFuse_IVF/MINE/b.png")
+    np.testing.assert_array_equal(written, np.floor(fuse_arrays(model, vis, ir, "vis")))
+    assert json.loads((tmp_path / "out/CDDFuse_IVF/MINE/metrics.json").read_text())["legacy_rounding"]
+
+
+def test_colour_of_a_source_is_written_beside_the_grey_image(infrared, weights, tmp_path, capsys):
+    write_grey(infrared / "vi/c.png", read_grey(infrared / "vi/b.png"))  # a pair without colour
+    write_grey(infrared / "ir/c.png", read_grey(infrared / "ir/b.png"))
+    options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
+    plain = run(test_IVF, capsys, *options)[1]
+    folder = tmp_path / "out/CDDFuse_IVF/MINE"
+    assert not (folder / "colour").exists()
+    assert run(test_IVF, capsys, *options, "--colour")[1] == plain  # the grey images are scored
+    assert sorted(path.name for path in (folder / "colour").iterdir()) == ["a.x.png", "b.png"]
+    grey, colour = read_grey(folder / "b.png"), read_colour(folder / "colour/b.png")
+    inside = ((colour > 0) & (colour < 255)).all(axis=2)
+    assert inside.mean() > 0.1
+    np.testing.assert_allclose(read_grey(folder / "colour/b.png")[inside], grey[inside], rtol=0, atol=2)  # rounding
+    wanted = chroma(read_colour(infrared / "vi/b.png"))
+    np.testing.assert_allclose(chroma(colour)[inside], wanted[inside], rtol=0, atol=1)
 
 
 def test_scripts_do_nothing_on_import_and_pytest_does_not_collect_them():

@@ -1,6 +1,6 @@
 """Draws docs/samples.png: bundled sample pairs, their base and detail features, and what the weights make of them.
 
-    python -m tools.make_panel
+python -m tools.make_panel
 """
 
 from __future__ import annotations

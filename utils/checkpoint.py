@@ -160,8 +160,10 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
     """The wanted networks of a file, under their published names, keys without `module.`."""
     if {"model", "optimizer"} <= content.keys():
         raise InputError(f"{path} is a file to resume a training from, not weights; they lie beside it")
-    names = [_ALIASES.get(name, name) for name in content if name != ABOUT]
-    found = {_ALIASES.get(name, name): value for name, value in content.items() if name != ABOUT}
+    # Some published files say beside their networks how long they were trained; a plain value is no network.
+    parts = {k: v for k, v in content.items() if k != ABOUT and not isinstance(v, (int, float, str))}
+    names = [_ALIASES.get(name, name) for name in parts]
+    found = {_ALIASES.get(name, name): value for name, value in parts.items()}
     if set(found) != set(wanted) or len(names) > len(found):
         raise InputError(
             f"{path} holds {listed(names)} where {listed(wanted)} are expected: "

@@ -1,10 +1,11 @@
-"""Image files <-> arrays: the published grey rule, 8-bit writing, and pairs of files by name.
+"""Image files <-> arrays: the published grey rule, 8-bit writing, colour, and pairs of files by name.
 
-An image array here is (H, W) float32 grey levels in [0, 255].
+An image array here is (H, W) float32 grey levels in [0, 255], a colour image (H, W, 3), red first, in the same range.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from utils import InputError, listed, whole_file
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm".split())
 
 # Sub-folders of a data set, (visible or MRI, infrared or CT/PET/SPECT), in the order they are looked for.
-MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"))
+MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"), ("img1", "img2"))
 
 
 def read_grey(path: Path | str) -> np.ndarray:
@@ -47,7 +48,28 @@ def read_luma(path: Path | str) -> np.ndarray:
     return _read_luma(Path(path))[0]
 
 
+def read_colour(path: Path | str) -> np.ndarray:
+    """Colours of an image file, float32 (H, W, 3), red first, in [0, 255]; three equal channels for a grey file.
+
+    16-bit files are scaled and not rounded.
+
+    Raises:
+        FileNotFoundError, InputError: as `read_grey`.
+    """
+    bgr = _decode(Path(path))
+    scale = np.float32(255 / 65535) if bgr.dtype == np.uint16 else np.float32(1)
+    return bgr[..., ::-1].astype(np.float32) * scale
+
+
 def _read_luma(path: Path) -> tuple[np.ndarray, int]:
+    bgr = _decode(path)
+    luma = cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
+    if bgr.dtype == np.uint16:
+        return luma * np.float32(255 / 65535), 16
+    return luma, 8
+
+
+def _decode(path: Path) -> np.ndarray:
     encoded = np.fromfile(path, dtype=np.uint8)  # not cv2.imread: it cannot open every unicode path
     try:
         bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
@@ -58,29 +80,31 @@ def _read_luma(path: Path) -> tuple[np.ndarray, int]:
             f"{path} is not an image of 8 or 16 bits that OpenCV can read ({encoded.size} bytes); "
             "replace it, convert it, or remove it"
         )
-    luma = cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
-    if bgr.dtype == np.uint16:
-        return luma * np.float32(255 / 65535), 16
-    return luma, 8
+    return bgr
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Grey levels rounded half up and clipped to 0..255.
+def to_uint8(image: np.ndarray, truncate: bool = False) -> np.ndarray:
+    """Levels rounded half up and clipped to 0..255.
+
+    Args:
+        image: levels in [0, 255], any shape.
+        truncate: round down instead, as several published test scripts do: 0.5 levels darker on average.
 
     Raises:
         InputError: a pixel is not finite: NaN would silently become 0.
     """
     if not np.isfinite(image).all():
         raise InputError(f"an image of shape {image.shape} holds NaN or infinite pixels; it was not written")
-    return np.clip(np.floor(image + 0.5), 0, 255).astype(np.uint8)
+    return np.clip(np.floor(image if truncate else image + 0.5), 0, 255).astype(np.uint8)
 
 
-def write_grey(path: Path | str, image: np.ndarray) -> None:
+def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False) -> None:
     """Writes (H, W) grey levels as an 8-bit file, rounded half up and clipped, whole or not at all.
 
     Args:
         path: target; the suffix chooses the format. Folders are made.
         image: (H, W) in [0, 255].
+        truncate: round down; see `to_uint8`.
 
     Raises:
         InputError: the array is not (H, W), holds NaN, or the format is unknown.
@@ -88,11 +112,63 @@ def write_grey(path: Path | str, image: np.ndarray) -> None:
     path = Path(path)
     if image.ndim != 2:
         raise InputError(f"{path}: a grey image must be (H, W), got {image.shape}")
+    _write(path, to_uint8(image, truncate))
+
+
+def write_colour(path: Path | str, image: np.ndarray) -> None:
+    """Writes (H, W, 3) colours, red first, as an 8-bit file, rounded half up and clipped, whole or not at all.
+
+    Raises:
+        InputError: the array is not (H, W, 3), holds NaN, or the format is unknown.
+    """
+    path = Path(path)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"{path}: a colour image must be (H, W, 3), got {image.shape}")
+    _write(path, to_uint8(image[..., ::-1]))
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(SUFFIXES))}")
-    encoded = cv2.imencode(path.suffix, to_uint8(image))[1]
+    encoded = cv2.imencode(path.suffix, pixels)[1]
     with whole_file(path) as temporary:
         encoded.tofile(temporary)
+
+
+def is_coloured(image: np.ndarray) -> bool:
+    """Whether the channels of a colour image differ anywhere."""
+    return bool((image != image[..., :1]).any())
+
+
+def chroma(image: np.ndarray) -> np.ndarray:
+    """Blue and red difference, Cb and Cr without their offset: (H, W, 3) colours -> (H, W, 2), 0 where grey.
+
+    Full range, BT.601 (the rule of JPEG files): luma as `read_luma`, Cb = (B - luma) / 1.772 and
+    Cr = (R - luma) / 1.402, each in [-127.5, 127.5].
+    """
+    luma = image @ np.float32([0.299, 0.587, 0.114])
+    return (image[..., [2, 0]] - luma[..., None]) / np.float32([1.772, 1.402])
+
+
+def with_colour_of(grey: np.ndarray, *sources: np.ndarray) -> np.ndarray:
+    """A fused grey image with the colours of its sources: the inverse of `chroma`, also in full range.
+
+    Where several sources have colour, each difference is their average weighted by its own size, so that the more
+    saturated source has its way; grey sources have no say.
+
+    Args:
+        grey: the fused luma, (H, W) in [0, 255].
+        sources: colour images (H, W, 3).
+
+    Returns:
+        float32 (H, W, 3), beyond [0, 255] where a colour cannot be as bright or as dark as the luma asks for.
+    """
+    differences = np.stack([chroma(source) for source in sources])
+    sizes = np.abs(differences)
+    blue, red = np.moveaxis((differences * sizes).sum(axis=0) / np.maximum(sizes.sum(axis=0), 1e-6), -1, 0)
+    r, b = grey + np.float32(1.402) * red, grey + np.float32(1.772) * blue
+    g = (grey - np.float32(0.299) * r - np.float32(0.114) * b) / np.float32(0.587)
+    return np.stack([r, g, b], axis=-1)
 
 
 class Pair(NamedTuple):
@@ -159,6 +235,43 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str) -> PairList:
     return found
 
 
+def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList:
+    """Pairs the images of one folder by their numbers: `mrict7.png` with `ct7.png` for the stems `mrict` and `ct`.
+
+    A pair is called by its number, and pairs are in the order of the numbers. Files with other stems are ignored.
+
+    Args:
+        folder: holds both images of every pair.
+        vis_stem: what comes before the number in visible (or MRI) files.
+        ir_stem: the same for infrared (or CT, PET, SPECT) files.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        InputError: the stems are equal, a file fits both, or not a single pair is found.
+    """
+    images = _images_by_stem(Path(folder))
+
+    def numbered(stem: str) -> dict[str, Path]:
+        names = [name for name in images if re.fullmatch(re.escape(stem) + "[0-9]+", name)]
+        return {name.removeprefix(stem): images[name] for name in names}
+
+    vis, ir = numbered(vis_stem), numbered(ir_stem)
+    either = set(vis.values()) & set(ir.values())
+    if either:
+        raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
+    numbers = sorted(vis.keys() & ir.keys(), key=lambda number: (int(number), number))
+    if not numbers:
+        present = {re.sub("[0-9]+$", "", name) for name in images if name[-1:].isdigit()}
+        raise InputError(
+            f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
+        )
+    return PairList(
+        pairs=tuple(Pair(number, vis[number], ir[number]) for number in numbers),
+        only_vis=tuple(vis[number].name for number in sorted(vis.keys() - ir.keys())),
+        only_ir=tuple(ir[number].name for number in sorted(ir.keys() - vis.keys())),
+    )
+
+
 def modalities_in(folder: Path) -> list[tuple[Path, Path]]:
     """Every known combination of sub-folders that a folder holds, visible or MRI first."""
     both = [(folder / vis, folder / ir) for vis, ir in MODALITIES]
@@ -173,9 +286,7 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
         InputError: it holds several.
     """
     folder = Path(folder)
-    found = [
-        (folder / vis, folder / ir) for vis, ir in MODALITIES if (folder / vis).is_dir() and (folder / ir).is_dir()
-    ]
+    found = modalities_in(folder)
     if not found:
         known = ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
         raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known}")

@@ -80,7 +80,7 @@ def fuse_arrays(
         vis: visible or MRI, (H, W) in [0, 255].
         ir: infrared, CT, PET or SPECT, same shape.
         skip: what the decoder is given; one of `model.skips`.
-        normalise: stretch the result to the full range.
+        normalise: stretch the result to the full range; without it, values beyond the range are clipped.
         precision: "float32", or "bfloat16" for autocast: faster and coarser.
 
     Returns:
@@ -95,4 +95,4 @@ def fuse_arrays(
     strips = net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0)
     with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
-    return to_grey(stretch(fused) if normalise else fused)
+    return to_grey(stretch(fused) if normalise else fused.clamp(0, 1))

@@ -1,11 +1,11 @@
-"""Every loss term of CDDFuse, by its name in the paper, with the constants of the published code.
+"""Every loss term of the systems, by its name in the paper, with the constants of the published code.
 
 Images are (B, 1, H, W) in [0, 1], feature maps (B, C, H, W). Every function returns a 0-d tensor that falls as
 things improve, except `correlation`, which is a similarity. All of them compute in float32 or better whatever
 the autocast state: variances by E[x^2] - E[x]^2 and correlations do not survive bfloat16.
 
-Source: Zhao et al., "CDDFuse", CVPR 2023, sections 3.3 and 3.4. Where paper and published code differ, the code
-is followed and the docstring says so.
+Source: Zhao et al., "CDDFuse", CVPR 2023, sections 3.3 and 3.4, where a docstring names no other. Where paper and
+published code differ, the code is followed and the docstring says so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from utils.distributed import mean_over_ranks
 
 SSIM_FORMS = ("published", "standard")
+SSIM_BORDERS = ("reflect", "constant")  # as in `F.pad`; a constant border is 0
 
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 for a data range L of 1
@@ -41,13 +42,14 @@ def _full_precision(function: Callable) -> Callable:
 
 
 @_full_precision
-def ssim_map(a: Tensor, b: Tensor) -> Tensor:
+def ssim_map(a: Tensor, b: Tensor, *, borders: str = "reflect") -> Tensor:
     """Structural similarity of every pixel: (B, C, H, W) twice -> (B, C, H, W) in [-1, 1].
 
-    Gaussian window of 11 taps and sigma 1.5, reflected borders, data range 1, biased second moments.
+    Gaussian window of 11 taps and sigma 1.5, data range 1, biased second moments. Borders are reflected
+    (CDDFuse), or padded with zeros ("constant"; MLFuse).
 
     Raises:
-        ValueError: the shapes differ, or a side is shorter than 6 (five pixels are reflected).
+        ValueError: the shapes differ, a side is shorter than 6 (five pixels are reflected), or unknown borders.
 
     Source:
         Wang, Bovik, Sheikh and Simoncelli, IEEE Trans. Image Process. 13(4), 2004.
@@ -57,10 +59,12 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
             f"SSIM needs two (B, C, H, W) of one shape with sides of at least {_SSIM_WINDOW // 2 + 1}, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
+    if borders not in SSIM_BORDERS:
+        raise ValueError(f"borders must be one of {', '.join(SSIM_BORDERS)}, got {borders!r}")
     batch, channels = a.shape[:2]
     # The five moments are blurred as one stack, along rows and then along columns.
     stack = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
-    mean_a, mean_b, aa, bb, ab = _gaussian_blur(stack).view(5, batch, channels, *a.shape[2:])
+    mean_a, mean_b, aa, bb, ab = _gaussian_blur(stack, borders).view(5, batch, channels, *a.shape[2:])
     luminance = (2 * mean_a * mean_b + _C1) / (mean_a.square() + mean_b.square() + _C1)
     var_a, var_b, covariance = aa - mean_a.square(), bb - mean_b.square(), ab - mean_a * mean_b
     return luminance * (2 * covariance + _C2) / (var_a + var_b + _C2)
@@ -189,17 +193,48 @@ def fusion_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, gradient_weight: floa
     return {"fusion": intensity + gradient_weight * gradient, "intensity": intensity, "gradient": gradient}
 
 
+@_full_precision
+def multi_branch_loss(
+    vis: Tensor, ir: Tensor, ir_saliency: Tensor, fused: Tensor, edge: Tensor, cross: Tensor, attention: Tensor
+) -> dict[str, Tensor]:
+    """The four losses of MLFuse: one on the image of each branch, and one on the fused image.
+
+    Args:
+        vis: visible image, or MRI.
+        ir: infrared image, or CT, PET, SPECT.
+        ir_saliency: visual saliency map of `ir` in [0, 1]; see `utils.saliency`.
+        fused, edge, cross, attention: what the network made, in (-1, 1).
+
+    Returns:
+        "edge": mean |S(edge) - S(vis)| with S the `sobel_magnitude`; "attention": mean of ir_saliency |attention - ir|;
+        "cross": mean squared error of `cross` from vis and from ir, added; "fusion": a twentieth of
+        (1 - SSIM(vis, fused)) + (1 - SSIM(ir, fused)), borders padded with zeros. SSIM is all that holds the fused
+        image, so its brightness is hardly determined: that is what the stretch after fusion is for.
+
+    Source:
+        "MLFuse: Multi-scenario Feature Joint Learning for Multi-Modality Image Fusion".
+    """
+    edges, vis_edges = sobel_magnitude(torch.cat([edge, vis])).chunk(2)
+    similarity = ssim_map(vis, fused, borders="constant") + ssim_map(ir, fused, borders="constant")
+    return {
+        "edge": F.l1_loss(edges, vis_edges),
+        "attention": F.l1_loss(ir_saliency * attention, ir_saliency * ir),
+        "cross": F.mse_loss(cross, vis) + F.mse_loss(cross, ir),
+        "fusion": (2 - similarity).mean() / 20,
+    }
+
+
 def _sobel(like: Tensor) -> Tensor:
     """Sobel kernels for d/dx and d/dy (cross-correlation), (2, 1, 3, 3), on the image's device."""
     kernel = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=like.dtype, device=like.device)
     return torch.stack([kernel, kernel.T])[:, None]
 
 
-def _gaussian_blur(image: Tensor) -> Tensor:
-    """Separable Gaussian with reflected borders: (N, 1, H, W) -> (N, 1, H, W)."""
+def _gaussian_blur(image: Tensor, borders: str) -> Tensor:
+    """Separable Gaussian: (N, 1, H, W) -> (N, 1, H, W)."""
     radius = _SSIM_WINDOW // 2
     taps = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
     window = torch.exp(-taps.square() / (2 * _SSIM_SIGMA**2))
     window = (window / window.sum()).view(1, 1, 1, -1)
-    padded = F.pad(image, (radius,) * 4, mode="reflect")
+    padded = F.pad(image, (radius,) * 4, mode=borders)
     return F.conv2d(F.conv2d(padded, window), window.transpose(2, 3))

@@ -17,6 +17,7 @@ from utils.images import to_uint8
 from utils.inference import PRECISIONS, fuse_arrays, to_network
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
+from utils.saliency import visual_saliency
 
 if TYPE_CHECKING:
     from zoo import Stage
@@ -41,7 +42,9 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
     skip = model.default_skip(task, task)
     losses, metrics = [], []
     for pair in pairs:
-        batch = Batch(to_network(pair.vis, device), to_network(pair.ir, device))
+        images = (pair.vis, pair.ir, visual_saliency(pair.ir))
+        vis, ir, ir_saliency = (to_network(image, device) for image in images)
+        batch = Batch(vis, ir, ir_saliency=ir_saliency)
         with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
             terms = stage.losses(batch)
         losses.append({name: value.item() for name, value in terms.items()})

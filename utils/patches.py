@@ -2,8 +2,8 @@
 
 Two layouts are read:
 
-- compact (what we write): `vis` and `ir`, each one chunked, compressed uint8 array (N, H, W); attributes say
-  where the patches come from.
+- compact (what we write): `vis` and `ir`, each one chunked, compressed uint8 array (N, H, W), and on request
+  `ir_saliency`, cut from the saliency maps of the whole infrared images; attributes say where the patches come from.
 - published: groups `vis_patchs` and `ir_patchs` (spelt so) with one float32 dataset (1, H, W) in [0, 1] a patch,
   named by its running number.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -32,13 +32,23 @@ from utils import InputError, whole_file
 LAYOUTS = ("compact", "published")
 _GROUPS = {"vis": "vis_patchs", "ir": "ir_patchs"}
 _VALIDATION = "validation"
+_SALIENCY = "ir_saliency"
 
 
 class Batch(NamedTuple):
-    """Training patches, (B, 1, H, W) in [0, 1] each."""
+    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps where the patch file has them."""
 
     vis: Tensor
     ir: Tensor
+    vis_saliency: Tensor | None = None
+    ir_saliency: Tensor | None = None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """A function of every image that there is."""
+        return Batch(*(None if image is None else function(image) for image in self))
+
+    def to(self, device: torch.device) -> Batch:
+        return self.each(lambda image: image.to(device, non_blocking=True))
 
 
 class HeldOut(NamedTuple):
@@ -77,18 +87,30 @@ class PatchWriter:
         size: side of the square patches.
         layout: "compact" or "published".
         about: attributes stored in the file: plain strings and numbers.
+        saliency: whether `add` is given saliency maps as well; compact layout only.
     """
 
-    def __init__(self, path: Path | str, size: int, layout: str = "compact", about: dict | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        size: int,
+        layout: str = "compact",
+        about: dict | None = None,
+        *,
+        saliency: bool = False,
+    ) -> None:
         if layout not in LAYOUTS:
             raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if saliency and layout != "compact":
+            raise InputError(f"saliency maps are stored in the layout compact, not in {layout!r}")
+        self.names = ("vis", "ir", _SALIENCY) if saliency else ("vis", "ir")
         self.path, self.size, self.layout, self.about = Path(path), size, layout, about or {}
         self.count = 0
 
     def __enter__(self) -> PatchWriter:
         self._stack = contextlib.ExitStack()
         self._file = self._stack.enter_context(h5py.File(self._stack.enter_context(whole_file(self.path)), "w"))
-        for name in ("vis", "ir"):
+        for name in self.names:
             if self.layout == "published":
                 self._file.create_group(_GROUPS[name])
             else:
@@ -99,9 +121,13 @@ class PatchWriter:
         self._file.attrs.update(self.about)
         return self
 
-    def add(self, vis: np.ndarray, ir: np.ndarray) -> None:
-        """Appends patches (N, size, size) of grey levels in [0, 255]; compact rounds them half to even."""
-        for name, patches in (("vis", vis), ("ir", ir)):
+    def add(self, *arrays: np.ndarray) -> None:
+        """Appends patches (N, size, size) of grey levels in [0, 255]; compact rounds them half to even.
+
+        Args:
+            arrays: visible, infrared, and where the file has them the saliency of the infrared.
+        """
+        for name, patches in zip(self.names, arrays, strict=True):
             if self.layout == "published":
                 for number, patch in enumerate(patches, start=self.count):
                     unit = (patch / np.float32(255)).astype(np.float32)
@@ -109,7 +135,7 @@ class PatchWriter:
             else:
                 self._file[name].resize(self.count + len(patches), axis=0)
                 self._file[name][self.count :] = np.round(patches).astype(np.uint8)
-        self.count += len(vis)
+        self.count += len(arrays[0])
 
     def hold_out(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
         """Stores a pair (H, W) of grey levels in [0, 255] for validation, rounded half to even."""
@@ -133,6 +159,7 @@ class PatchDataset(Dataset):
 
     Attributes:
         vis, ir: the patches as stored, (N, H, W).
+        ir_saliency: saliency maps of the infrared ones, the same; None where the file has none.
         held_out: the pairs that were kept for validation.
         about: what the file says of itself.
 
@@ -148,6 +175,7 @@ class PatchDataset(Dataset):
         try:
             with h5py.File(path, "r") as file:
                 vis, ir = (_read_patches(file, name) for name in ("vis", "ir"))
+                saliency = file[_SALIENCY][:] if _SALIENCY in file else None
                 self.about = {key: _plain(value) for key, value in file.attrs.items()}
                 pairs = file.get(_VALIDATION, {})
                 self.held_out = [HeldOut(str(pairs[key].attrs["name"]), *pairs[key][:]) for key in sorted(pairs)]
@@ -164,7 +192,13 @@ class PatchDataset(Dataset):
             raise InputError(
                 f"{path} holds patches of {vis.dtype} outside [0, 1]; make it again with `python dataprocessing.py`"
             )
+        if saliency is not None and (saliency.shape != ir.shape or saliency.dtype != np.uint8):
+            raise InputError(
+                f"{path} holds saliency maps {saliency.shape} for infrared patches {ir.shape}; "
+                "make it again with `python dataprocessing.py --saliency`"
+            )
         self.vis, self.ir = torch.from_numpy(vis), torch.from_numpy(ir)
+        self.ir_saliency = None if saliency is None else torch.from_numpy(saliency)
 
     def __len__(self) -> int:
         return len(self.vis)
@@ -184,9 +218,11 @@ class PatchDataset(Dataset):
 
         Elsewhere they stay where they are; batches are then cut on the CPU while the GPU computes.
         """
-        size = self.vis.nbytes + self.ir.nbytes
+        arrays = {name: array for name in ("vis", "ir", _SALIENCY) if (array := getattr(self, name)) is not None}
+        size = sum(array.nbytes for array in arrays.values())
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
-            self.vis, self.ir = self.vis.to(device), self.ir.to(device)
+            for name, array in arrays.items():
+                setattr(self, name, array.to(device))
 
     @property
     def size(self) -> int:
@@ -250,7 +286,8 @@ def random_batches(
         # A quarter turn is a flip and this: rows become columns.
         y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
         n, y, x = (torch.from_numpy(axis).to(dataset.vis.device) for axis in (order[take, None, None], y, x))
-        yield Batch(*(to_unit(source[n, y, x])[:, None] for source in (dataset.vis, dataset.ir)))
+        sources = Batch(dataset.vis, dataset.ir, ir_saliency=dataset.ir_saliency)
+        yield sources.each(lambda source, where=(n, y, x): to_unit(source[where])[:, None])
 
 
 def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: int = 1) -> int:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import whole_file
-from utils.metrics import PAPER_TABLE
+from utils import InputError, whole_file
+from utils.metrics import METRICS, PAPER_TABLE
 
 SEPARATOR = "=" * 80
+
+# The columns of published tables, by the system they were published with.
+PUBLISHED_COLUMNS = {"cddfuse": PAPER_TABLE, "fsidfusion": (*PAPER_TABLE, "AG", "CC", "PSNR")}
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,25 @@ class Row:
     protocol: str
     sheet: ScoreSheet
     is_baseline: bool = False
+
+
+def choose_columns(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics, or of published tables for all of their columns -> the columns, each once.
+
+    >>> choose_columns(["EN", "fsidfusion", "MSE"])
+    ('EN', 'SD', 'SF', 'MI', 'SCD', 'VIF', 'Qabf', 'SSIM', 'AG', 'CC', 'PSNR', 'MSE')
+
+    Raises:
+        InputError: neither a metric nor a table; the known ones are named.
+    """
+    for name in names:
+        if name not in METRICS and name not in PUBLISHED_COLUMNS:
+            raise InputError(
+                f"--columns: there is no metric or table {name!r}; metrics are {', '.join(METRICS)}, "
+                f"and {', '.join(PUBLISHED_COLUMNS)} stands for the columns of its published table"
+            )
+    columns = [column for name in names for column in PUBLISHED_COLUMNS.get(name, (name,))]
+    return tuple(dict.fromkeys(columns))
 
 
 def format_table(title: str, sheets: Sequence[ScoreSheet], columns: Sequence[str] = PAPER_TABLE) -> str:

@@ -1,7 +1,7 @@
 """What test_IVF.py and test_MIF.py share: sets of pairs -> fused files, scores of the files, the table.
 
-A set is a folder with two sub-folders of equally named images. The scripts differ in the sets and weights they
-take by default, and in how a row is called.
+A set is a folder with two sub-folders of equally named images, or with numbered images of two stems. The scripts
+differ in the sets they take by default; what depends on the system is asked of the system.
 """
 
 from __future__ import annotations
@@ -22,11 +22,25 @@ import torch
 from tqdm import tqdm
 
 from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout
-from utils.images import PairList, find_modalities, list_pairs, modalities_in, read_grey, to_uint8, write_grey
+from utils.images import (
+    Pair,
+    PairList,
+    find_modalities,
+    is_coloured,
+    list_flat_pairs,
+    list_pairs,
+    modalities_in,
+    read_colour,
+    read_grey,
+    to_uint8,
+    with_colour_of,
+    write_colour,
+    write_grey,
+)
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
 from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.metrics import PROTOCOLS, score
-from utils.scores import ScoreSheet, format_excluded, format_table
+from utils.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 
 DATA_VARIABLE = "FUSION_DATA"
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
@@ -39,15 +53,13 @@ class Benchmark:
     task: str  # "ivf" or "mif"
     sets: tuple[str, ...]  # folder names of the published benchmark
     samples: tuple[str, ...]  # bundled sets, shown where the published ones are absent
-    weights: tuple[str, ...]  # file names in models/
-    row_label: Callable[[str, str], str]  # (label of the system, stem of the weights) -> row label as published
 
 
 @dataclass(frozen=True)
 class TestSet:
     name: str
-    vis_folder: Path
-    ir_folder: Path
+    vis_name: str  # how the data set calls its visible or MRI images: a folder's name, or a stem
+    ir_name: str
     found: PairList
 
 
@@ -63,7 +75,7 @@ class Method:
 
 
 def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems: Iterable[str]) -> None:
-    sets, weights = " ".join(benchmark.sets), " ".join(f"models/{name}" for name in benchmark.weights)
+    sets = " ".join(benchmark.sets)
     add = parser.add_argument
     add(
         "--data",
@@ -73,7 +85,19 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)",
     )
     add("--sets", nargs="+", metavar="NAME", help=f"sub-folders of --data to run (default: {sets})")
-    add("--weights", type=Path, nargs="+", metavar="FILE", help=f"default: {weights}")
+    add(
+        "--pairs",
+        choices=("folders", "flat"),
+        default="folders",
+        help="folders: two sub-folders of equal names; flat: one folder, numbers after two --stems (default: folders)",
+    )
+    add(
+        "--stems",
+        nargs=2,
+        metavar=("VIS", "IR"),
+        help="for --pairs flat: what comes before the number, visible or MRI first, such as: mrict ct",
+    )
+    add("--weights", type=Path, nargs="+", metavar="FILE", help="default: those in models/ for the system and the task")
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add(
@@ -82,8 +106,21 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         default="paper",
         help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: paper)",
     )
+    add(
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of the table: metrics, or the published table of a system, one of "
+        f"{', '.join(PUBLISHED_COLUMNS)} (default: those of the system). metrics.csv has all twelve",
+    )
     add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
     add("--no-stretch", action="store_true", help="do not stretch each fused image to the full range")
+    add(
+        "--legacy-rounding",
+        action="store_true",
+        help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding",
+    )
+    add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
     add("--system", choices=list(systems), default="cddfuse", help="default: cddfuse")
@@ -94,8 +131,13 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
     """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
     device = pick_device(args.device)
     # Everything that can be wrong is looked at before the first image is fused.
+    columns = choose_columns(args.columns) if args.columns else system.columns
     test_sets = find_sets(args, benchmark)
-    paths = args.weights or [in_checkout("models", name) for name in benchmark.weights]
+    paths = args.weights or [in_checkout("models", name) for name in system.weights[benchmark.task]]
+    if not paths:
+        raise InputError(
+            f"no weights of {system.label} for this task come with the project; name a file with --weights"
+        )
     methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
     stems = [method.weights.stem for method in methods]
     refuse_repeated("--weights", "files", stems)
@@ -117,9 +159,11 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
                 print(f"warning: no pair of {test_set.name} was scored with {method.weights}", file=sys.stderr)
                 continue
             facts = {
-                "set": test_set.name, "system": method.model.label, "weights": str(method.weights),
+                "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
+                "system": method.model.label, "weights": str(method.weights),
                 "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
-                "stretch": not args.no_stretch, "device": str(device), "precision": args.precision,
+                "stretch": not args.no_stretch, "legacy_rounding": args.legacy_rounding,
+                "device": str(device), "precision": args.precision,
                 "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
                 "numpy": np.__version__, "commit": commit, "images": sheet.digest,
             }  # fmt: skip
@@ -129,14 +173,15 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
             continue
         if args.baselines:
             sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
-        print(format_table(test_set.name, sheets))
-        for line in format_excluded(sheets):
+        print(format_table(test_set.name, sheets, columns))
+        for line in format_excluded(sheets, columns):
             print(line)
         used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
         pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
+        rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
         lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
         print(
-            f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}, "
+            f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}{rounding}, "
             f"images {lists}, commit {commit}"
         )
     for stem in stems:
@@ -152,6 +197,10 @@ def refuse_repeated(option: str, what: str, names: list[str]) -> None:
 
 def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
     """The sets to run. Sets that were asked for must exist; absent default sets give way to the bundled ones."""
+    if args.pairs == "flat":
+        return find_flat_sets(args)
+    if args.stems:
+        raise InputError("--stems is for one folder that holds both images of every pair; add --pairs flat")
     given = os.environ.get(DATA_VARIABLE)
     root = args.data or (Path(given) / "test_img" if given else in_checkout("test_img"))
     if not root.is_dir():
@@ -172,9 +221,21 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
     return [open_set(root / name) for name in present]
 
 
+def find_flat_sets(args: argparse.Namespace) -> list[TestSet]:
+    """--data itself, or its sub-folders --sets. Which stem is which is never guessed: exchanged roles fuse as well,
+    to another image."""
+    if not args.stems or not args.data:
+        raise InputError(
+            "--pairs flat needs --data DIR and --stems VIS IR, what comes before the number in the names of the "
+            "visible or MRI files and of the infrared, CT, PET or SPECT files"
+        )
+    folders = [args.data / name for name in args.sets] if args.sets else [args.data]
+    return [TestSet(folder.resolve().name, *args.stems, list_flat_pairs(folder, *args.stems)) for folder in folders]
+
+
 def open_set(folder: Path) -> TestSet:
     vis, ir = find_modalities(folder)
-    return TestSet(folder.resolve().name, vis, ir, list_pairs(vis, ir))
+    return TestSet(folder.resolve().name, vis.name, ir.name, list_pairs(vis, ir))
 
 
 def load_method(path: Path, system: type, device: torch.device, skip: str | None, benchmark: Benchmark) -> Method:
@@ -186,7 +247,7 @@ def load_method(path: Path, system: type, device: torch.device, skip: str | None
     if skip not in model.skips:
         raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Method(model, path, benchmark.row_label(model.label, path.stem), skip, sha256)
+    return Method(model, path, model.row_label(benchmark.task, path.stem), skip, sha256)
 
 
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
@@ -202,7 +263,9 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                 method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision
             )
             path = folder / f"{pair.name}.png"
-            write_grey(path, fused)
+            write_grey(path, fused, truncate=args.legacy_rounding)
+            if args.colour:
+                write_in_colour(folder / "colour" / f"{pair.name}.png", pair, fused)
             fate = "fused, but not scored"
             images[pair.name] = score(read_grey(path), ir, vis, args.protocol)
             digests.append(pair_digest(vis, ir))
@@ -214,11 +277,17 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     return ScoreSheet(method.label, images, list_digest(digests))
 
 
+def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
+    sources = [image for image in (read_colour(pair.vis), read_colour(pair.ir)) if is_coloured(image)]
+    if sources:
+        write_colour(path, with_colour_of(fused, *sources))
+
+
 def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:
     """Scores of the sources and their average taken for fused images: what a method must beat."""
     makers: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-        f"{test_set.vis_folder.name} only": lambda vis, ir: vis,
-        f"{test_set.ir_folder.name} only": lambda vis, ir: ir,
+        f"{test_set.vis_name} only": lambda vis, ir: vis,
+        f"{test_set.ir_name} only": lambda vis, ir: ir,
         "average": lambda vis, ir: (vis + ir) / 2,
     }
     sheets: dict[str, dict[str, dict[str, float]]] = {name: {} for name in makers}

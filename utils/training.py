@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -79,6 +80,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.epochs = sum(stage.epochs for stage in stages)
         self.smallest_batch = getattr(model, "smallest_batch", 1)
+        if options.drop_last:
+            self.smallest_batch = max(self.smallest_batch, options.batch_size // ranks())
         self.epoch_batches = options.epoch_batches or batches_in_epoch(
             len(dataset), options.batch_size, ranks(), self.smallest_batch
         )
@@ -88,9 +91,14 @@ class Run:
         self.log: list[dict[str, Any]] = []
         self.networks = {name: network for stage in stages for name, network in stage.networks.items()}
         self.epochs_trained = dict.fromkeys(self.networks, 0)
+        # What a network registers but never uses is frozen by its system, and stays so.
+        self.frozen = {p for network in self.networks.values() for p in network.parameters() if not p.requires_grad}
         # Adam keeps its state by parameter: one optimiser with a group a network is four published ones.
-        groups = [{"name": name, "params": list(network.parameters())} for name, network in self.networks.items()]
-        self.optimizer = torch.optim.Adam(groups, lr=options.learning_rate, fused=self.device.type in ("cpu", "cuda"))
+        groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
+        self.optimizer = torch.optim.Adam(
+            groups, lr=options.learning_rate, weight_decay=options.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
         state = [value for value in model.state_dict().values() if value.is_floating_point()]
         self.floating: list[Tensor] = state
         self.ema = [value.clone() for value in state] if options.ema else []
@@ -99,6 +107,9 @@ class Run:
         self.looked_at = self.step
         self.unseen: list[tuple[int, list[str], Tensor]] = []
         self.started = time.monotonic()
+
+    def trained(self, network: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in network.parameters() if parameter not in self.frozen]
 
     def stage_of(self, epoch: int) -> tuple[Stage, int]:
         """The stage that an epoch (from 0) belongs to, and its number within the stage."""
@@ -122,7 +133,8 @@ class Run:
         """
         options, stage = self.options, self.stage
         for name, network in self.networks.items():
-            network.requires_grad_(name in stage.networks)
+            for parameter in self.trained(network):
+                parameter.requires_grad_(name in stage.networks)
         self.model.train()
         losses = _StageLosses(stage)
         if self.compile:
@@ -139,7 +151,7 @@ class Run:
         with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide) as bar:
             since = time.perf_counter()
             for batch in batches:
-                self.train_step(stage, losses, Batch(*(x.to(self.device, non_blocking=True) for x in batch)))
+                self.train_step(stage, losses, batch.to(self.device))
                 bar.update()
                 if self.step - self.looked_at < self.steps_between_looks and self.batch < self.epoch_batches:
                     continue
@@ -168,7 +180,7 @@ class Run:
                 raise
             raise InputError(self.advise_on_memory(stage, batch)) from error
         limit = self.options.clip_norm or math.inf
-        norms = {k: nn.utils.clip_grad_norm_(n.parameters(), limit) for k, n in stage.networks.items()}
+        norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in stage.networks.items()}
         values = {**terms, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
         self.unseen.append((len(batch.vis), list(values), torch.stack([v.detach().double() for v in values.values()])))
         if self.steps_between_looks == 1:
@@ -258,7 +270,7 @@ class Run:
             try:
                 precision = self.options.precision
                 with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-                    stage.losses(Batch(*(x[:size] for x in batch)))["total"].backward()
+                    stage.losses(batch.each(operator.itemgetter(slice(size))))["total"].backward()
                 fits = size
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):

@@ -4,9 +4,12 @@ A system is a class that is an `nn.Module` and has
 
 - `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
   `smallest_patch` of a training patch, in pixels;
+- `weights`: task -> file names in models/ that a test script runs by default, none if none are bundled; `columns` of
+  its published table; `row_label(task, stem)`: how the row of a weight file is called in it;
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
-- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
+- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused (B, 1, H, W) in [0, 1], or in a
+  range that its docstring names, to be stretched or clipped to that;
 - `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
   the images;
 - `stages(options, task)`: the training, as a list of `Stage`;
@@ -14,10 +17,13 @@ A system is a class that is an `nn.Module` and has
 
 It may also have
 
-- `recipes`: name -> values of training options that differ from their defaults, the published ones;
+- `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
+  published code; the first one is the default, "published" where there is none;
 - `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
 - `smallest_batch`: where batch norm asks for it, the fewest patches that one process may train on. train.py refuses
   a smaller batch size, and leaves out a last batch that is smaller.
+
+Parameters that it creates with `requires_grad` off stay untrained.
 
 A new system is a file in this folder and a line in `SYSTEMS`.
 """
@@ -44,6 +50,7 @@ TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and C
 SYSTEMS = {
     "cddfuse": ("zoo.cddfuse", "CDDFuseSystem"),
     "fsidfusion": ("zoo.fsidfusion", "FSIDFusion"),
+    "mlfuse": ("zoo.mlfuse", "MLFuseSystem"),
 }
 
 

@@ -13,6 +13,7 @@ import net
 from utils import InputError
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, reconstruction_loss
+from utils.scores import PUBLISHED_COLUMNS
 from zoo import Batch, Stage, check_options, option
 
 
@@ -43,6 +44,8 @@ class CDDFuseSystem(net.CDDFuse):
     skips = net.SKIPS
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
+    weights = {"ivf": ("CDDFuse_IVF.pth",), "mif": ("CDDFuse_IVF.pth", "CDDFuse_MIF.pth")}
+    columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
     # What measured better than the published recipe (benchmarks/RESULTS.md).
     recipes = {
@@ -51,6 +54,10 @@ class CDDFuseSystem(net.CDDFuse):
             "precision": "bfloat16", "epoch_batches": 500, "stage1_epochs": 4, "stage2_epochs": 26,
         },
     }  # fmt: skip
+
+    @staticmethod
+    def row_label(task: str, stem: str) -> str:
+        return "CDDFuse    " if task == "ivf" else stem  # as published
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
@@ -67,7 +74,7 @@ class CDDFuseSystem(net.CDDFuse):
         all_networks = {**pair_networks, "base_fusion": self.base_fusion, "detail_fusion": self.detail_fusion}
 
         def decomposition_losses(batch: Batch) -> dict[str, Tensor]:
-            images = torch.cat(batch)
+            images = torch.cat([batch.vis, batch.ir])
             base, detail, _ = self.encoder(images)
             rebuilt = self.decoder(None if skip == "none" else images, base, detail)[0]
             vis_rebuilt, ir_rebuilt = rebuilt.chunk(2)
@@ -88,7 +95,7 @@ class CDDFuseSystem(net.CDDFuse):
             return terms
 
         def fusion_losses(batch: Batch) -> dict[str, Tensor]:
-            base, detail, _ = self.encoder(torch.cat(batch))
+            base, detail, _ = self.encoder(torch.cat([batch.vis, batch.ir]))
             fused = self.decode_fused(batch.vis, batch.ir, base, detail, skip)
             terms = decomposition_loss(*base.chunk(2), *detail.chunk(2))
             terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)

@@ -22,6 +22,7 @@ import net
 from utils import InputError
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.losses import SSIM_FORMS, fusion_loss, gradient_loss, reconstruction_loss
+from utils.scores import PUBLISHED_COLUMNS
 from zoo import Batch, Stage, check_options, option
 
 CHANNELS = 64
@@ -158,6 +159,8 @@ class FSIDFusion(nn.Module):
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     smallest_batch = 2  # batch norm behind a global mean has one value a channel and patch
+    weights = {"ivf": (), "mif": ()}
+    columns = PUBLISHED_COLUMNS["fsidfusion"]
     Options = Options
 
     # Name in a published checkpoint -> attribute.
@@ -209,6 +212,10 @@ class FSIDFusion(nn.Module):
         return self.decoder(image, features.shared, detail)[0]
 
     @staticmethod
+    def row_label(task: str, stem: str) -> str:
+        return f"FSIDFusion {stem}"
+
+    @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
         """The decoder sees the visible image or the MRI, whatever it was trained for, as published."""
         return "vis"
@@ -219,7 +226,7 @@ class FSIDFusion(nn.Module):
         all_networks = {**pair_networks, "specific_fusion": self.specific_fusion}
 
         def reconstruction_terms(batch: Batch, features: PairFeatures) -> dict[str, Tensor]:
-            vis_rebuilt, ir_rebuilt = self.decode_sources(*batch, features)
+            vis_rebuilt, ir_rebuilt = self.decode_sources(batch.vis, batch.ir, features)
             weights = {"ssim_weight": options.ssim_weight, "form": options.ssim_form}
             terms = {
                 "reconstruction_vis": reconstruction_loss(batch.vis, vis_rebuilt, **weights),
@@ -234,11 +241,11 @@ class FSIDFusion(nn.Module):
             return terms
 
         def reconstruction_losses(batch: Batch) -> dict[str, Tensor]:
-            return reconstruction_terms(batch, self.encode(*batch))
+            return reconstruction_terms(batch, self.encode(batch.vis, batch.ir))
 
         def fusion_losses(batch: Batch) -> dict[str, Tensor]:
-            features = self.encode(*batch)
-            fused = self.decode_fused(*batch, features)
+            features = self.encode(batch.vis, batch.ir)
+            fused = self.decode_fused(batch.vis, batch.ir, features)
             terms = reconstruction_terms(batch, features)
             terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)
             terms["total"] = terms["fusion"] + options.reconstruction_weight * terms["total"]
