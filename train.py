@@ -223,8 +223,12 @@ def check_batches(options: Options, system: type, dataset: PatchDataset, data: P
             f"--batch-size {options.batch_size} must be a multiple of the {ranks()} processes and at least {smallest} "
             f"for {system.label}"
         )
+    smallest = options.batch_size if options.drop_last else smallest
     if not options.epoch_batches and len(dataset) < smallest:
-        raise InputError(f"{data} holds {len(dataset)} patches; {system.label} needs {smallest}: set --epoch-batches")
+        raise InputError(
+            f"{data} holds {len(dataset)} patches, and a batch needs {smallest}: make a larger file, or set "
+            "--epoch-batches to draw patches several times"
+        )
 
 
 def resume(run: Run, args: argparse.Namespace) -> Path | None:

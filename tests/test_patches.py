@@ -123,10 +123,10 @@ def test_bad_pair_is_named_and_the_rest_done(folder, tmp_path, capsys):
 def test_unreadable_file_costs_its_pair_only(folder, tmp_path, monkeypatch, capsys):
     cut = dataprocessing.cut_patches
 
-    def refuses_one(pair, *args):
+    def refuses_one(pair, *args, **options):
         if pair.name == "02":
             raise PermissionError(13, "Permission denied", str(pair.vis))
-        return cut(pair, *args)
+        return cut(pair, *args, **options)
 
     monkeypatch.setattr(dataprocessing, "cut_patches", refuses_one)
     assert prepare(folder, tmp_path / "p.h5") == 2
@@ -156,7 +156,7 @@ def test_full_disk_keeps_the_old_file_and_the_last_line_says_why(folder, tmp_pat
 def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, monkeypatch):
     (tmp_path / "p.h5").write_bytes(b"old")
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataprocessing, "cut_patches", interrupted)
@@ -237,8 +237,8 @@ def numbered(tmp_path):
 
 def test_epoch_is_every_patch_once_and_the_last_batch_may_be_smaller(numbered):
     batches = list(random_batches(numbered, 4, (0, 0)))
-    assert [len(vis) for vis, _ in batches] == [4, 4, 2]
-    seen = torch.cat([vis[:, 0, 0, 0] for vis, _ in batches]) * 255 / 20
+    assert [len(vis) for vis, *_ in batches] == [4, 4, 2]
+    seen = torch.cat([vis[:, 0, 0, 0] for vis, *_ in batches]) * 255 / 20
     assert sorted(seen.round().int().tolist()) == list(range(10))
     assert seen.round().int().tolist() != list(range(10))
 
@@ -252,14 +252,14 @@ def test_same_seed_same_batches_and_other_epoch_others(numbered):
 
 
 def test_both_images_get_the_same_crop_and_turn(numbered):
-    for vis, ir in random_batches(numbered, 4, (0, 0), crop=5, flips=True, batches=20):
+    for vis, ir, *_ in random_batches(numbered, 4, (0, 0), crop=5, flips=True, batches=20):
         assert vis.shape[2:] == (5, 5)
         torch.testing.assert_close(ir - vis, torch.full_like(vis, 1 / 255))
 
 
 def test_epoch_can_be_longer_or_shorter_than_the_patches(numbered):
-    assert sum(len(vis) for vis, _ in random_batches(numbered, 4, (0, 0), batches=2)) == 8
-    many = torch.cat([vis[:, 0, 0, 0] for vis, _ in random_batches(numbered, 4, (0, 0), batches=5)]) * 255 / 20
+    assert sum(len(vis) for vis, *_ in random_batches(numbered, 4, (0, 0), batches=2)) == 8
+    many = torch.cat([vis[:, 0, 0, 0] for vis, *_ in random_batches(numbered, 4, (0, 0), batches=5)]) * 255 / 20
     assert np.bincount(many.round().int().numpy()).tolist() == [2] * 10
 
 

@@ -463,3 +463,26 @@ def test_batch_too_small_for_a_system_is_found_before_training(patch_file, tmp_p
     argv = ["--system", "fsidfusion", "--data", str(patch_file), "--out", str(tmp_path / "run"), "--batch-size", "1"]
     assert train.main([*argv, "--device", "cpu"]) == 2
     assert "at least 2 for FSIDFusion" in error_of(capsys)
+
+
+def test_mlfuse_trains_on_saliency_in_its_published_recipe(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    with PatchWriter(tmp_path / "p.h5", 128, saliency=True) as writer:
+        writer.add(*rng.uniform(0, 255, (3, 5, 128, 128)))
+    argv = ["--system", "mlfuse", "--data", str(tmp_path / "p.h5"), "--device", "cpu", "--epochs", "1"]
+    args = train.build_parser(find_system("mlfuse"), "published").parse_args([])
+    assert (args.batch_size, args.crop, args.schedule, args.min_lr, args.weight_decay, args.drop_last) == (
+        16, 128, "cosine", 0.0, 5e-5, True)  # fmt: skip
+    assert train.main([*argv, "--out", str(tmp_path / "few")]) == 2  # five patches are no batch of 16
+    assert "--epoch-batches" in error_of(capsys)
+    small = ["--batch-size", "2", "--crop", "16"]
+    assert train.main([*argv, *small, "--out", str(tmp_path / "run")]) == 0
+    line = json.loads((tmp_path / "run/log.jsonl").read_text())
+    assert line["step"] == 2  # the fifth patch is left out
+    assert set(line["losses"]) == {"edge", "attention", "cross", "fusion", "total"}
+    model = find_system("mlfuse")()
+    about = model.load_published(tmp_path / "run/MLFuse_IVF.pth")
+    assert about["system"] == "mlfuse"
+    torch.manual_seed(0)
+    unused = find_system("mlfuse")().network.edg_net.conv_dilation.weight
+    assert torch.equal(model.network.edg_net.conv_dilation.weight, unused)  # frozen, whatever the weight decay
