@@ -189,7 +189,7 @@ def test_decoder_image_is_the_one_asked_for(model):
 
 
 def test_a_batch_equals_its_images_one_by_one(model):
-    vis, ir = batch_of_two()
+    vis, ir, *_ = batch_of_two()
     with torch.no_grad():
         together = model.fuse(vis, ir)
         apart = torch.cat([model.fuse(vis[i : i + 1], ir[i : i + 1]) for i in range(2)])
@@ -259,7 +259,7 @@ def trained() -> FSIDFusion:
     model = FSIDFusion()
     with torch.no_grad():
         for _ in range(2):
-            model.fuse(*batch_of_two(8, 9))
+            model.fuse(*batch_of_two(8, 9)[:2])
     return model
 
 
@@ -346,7 +346,7 @@ def test_one_patch_a_batch_cannot_be_trained_and_the_class_says_so():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         losses(one)
     assert FSIDFusion.smallest_batch == 2
-    two = Batch(*(torch.cat([x, x.flip(3)]) for x in one))
+    two = one.each(lambda x: torch.cat([x, x.flip(3)]))
     assert losses(two)["total"].isfinite()
     with torch.no_grad():
         assert model.eval().fuse(*one).isfinite().all()
@@ -397,7 +397,7 @@ def test_distributed_training_finds_no_unused_parameter(tmp_path):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         for _ in range(2):  # a parameter without gradient is an error of the second step
             optimizer.zero_grad()
-            loss = model(*batch_of_two(8, 9))
+            loss = model(*batch_of_two(8, 9)[:2])
             loss.backward()
             optimizer.step()
     finally:
