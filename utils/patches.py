@@ -48,7 +48,10 @@ class Batch(NamedTuple):
         return Batch(*(None if image is None else function(image) for image in self))
 
     def to(self, device: torch.device) -> Batch:
-        return self.each(lambda image: image.to(device, non_blocking=True))
+        """The same on a device; the host does not wait for a copy to a GPU, which needs pinned memory for that."""
+        if device.type == "cuda" and self.vis.device.type == "cpu":
+            return self.each(lambda image: image.pin_memory().to(device, non_blocking=True))
+        return self.each(lambda image: image.to(device))
 
 
 class HeldOut(NamedTuple):
