@@ -168,7 +168,7 @@ def test_forward_equals_the_second_implementation(network, size):
 
 
 @pytest.mark.parametrize("size", [(33, 22), (64, 16), (101, 15)])
-@pytest.mark.parametrize("pixels", [1, 1000, 1400])  # strips of 32 rows, and of 31 to 46
+@pytest.mark.parametrize("pixels", [1, 1000, 1400])  # strips of 32 to 46 rows
 def test_strips_of_any_height_give_the_result_of_the_whole_image(network, size, pixels):
     double = MLFuse().eval().double()
     double.load_state_dict(network.state_dict())

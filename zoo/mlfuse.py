@@ -262,7 +262,12 @@ class MLFuse(nn.Module):
 
     def fuse(self, img1: Tensor, img2: Tensor) -> Tensor:
         """The fused image of `forward` alone, (B, 1, H, W) in (-1, 1); the images of the branches are not kept."""
-        return torch.cat([piece.fused for piece in self._strips(img1, img2)], dim=2)
+        fused, top = torch.empty_like(img1), 0
+        # Filled, not collected: a small piece kept after each strip would cut up the memory that strips are made in.
+        for piece in self._strips(img1, img2):
+            fused[:, :, top : top + piece.fused.shape[2]] = piece.fused
+            top += piece.fused.shape[2]
+        return fused
 
     def _strips(self, img1: Tensor, img2: Tensor) -> Iterator[Outputs]:
         if img1.shape != img2.shape or img1.ndim != 4 or min(img1.shape[2:]) < SMALLEST_SIDE:
