@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -394,40 +393,3 @@ def unsharp_mask(image: np.ndarray, *, amount: float = 0.5, threshold: float = 1
     soft = cv2.GaussianBlur((np.abs(residual) * 255 > threshold).astype(np.float32), taps, 0)
     sharp = np.clip(image + np.float32(amount) * residual, 0, 1)
     return soft * sharp + (1 - soft) * image
-
-
-# ---------------------------------------------------------------------------------------------------------
-# To look at
-# ---------------------------------------------------------------------------------------------------------
-
-
-def read_rgb(path: Path | str) -> np.ndarray:
-    """An image file in colour, (H, W, 3) float32 in [0, 1], red first.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not an image of 8 or 16 bits.
-    """
-    encoded = np.fromfile(path, dtype=np.uint8)
-    bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if encoded.size else None
-    if bgr is None or bgr.dtype not in (np.uint8, np.uint16):
-        raise InputError(f"{path} is not an image of 8 or 16 bits that OpenCV can read; replace it or remove it")
-    return bgr[..., ::-1].astype(np.float32) / np.iinfo(bgr.dtype).max
-
-
-def example_row(
-    vis: np.ndarray, ir: np.ndarray, vis_draws: Sequence[Degradation], ir_draws: Sequence[Degradation], side: int = 256
-) -> np.ndarray:
-    """The middle of a pair, as it is and as degraded, side by side: RGB uint8 (H, W, 3), at most `side` high.
-
-    From left to right: visible, each degradation of it, infrared, each degradation of that.
-    """
-    shown = []
-    for image, draws in ((vis, vis_draws), (ir, ir_draws)):
-        top, left = (max(0, length - side) // 2 for length in image.shape[:2])
-        middle = image[top : top + side, left : left + side]
-        for part in (middle, *(draw.apply(middle) for draw in draws)):
-            levels = to_levels(part)
-            shown += [levels if levels.ndim == 3 else np.repeat(levels[..., None], 3, axis=2)]
-    gap = np.full((shown[0].shape[0], 4, 3), 255, np.uint8)
-    return np.concatenate([piece for part in shown for piece in (part, gap)][:-1], axis=1)
