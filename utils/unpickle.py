@@ -36,7 +36,8 @@ _DTYPES = {
 # What pickled modules call besides, for parts that hold no weights. It is stood in for, never called.
 _STOOD_IN_FOR = {
     "__builtin__": ("set", "frozenset"),
-    "builtins": ("set", "frozenset"),
+    "builtins": ("set", "frozenset", "bytearray"),
+    "_codecs": ("encode",),  # how the protocol of torch.save writes bytes
     "torch": ("Size", "device"),
     "numpy": ("dtype",),
     "numpy.core.multiarray": ("scalar",),
