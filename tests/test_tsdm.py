@@ -435,7 +435,7 @@ def test_colour_equals_kornia():
     wanted = colour.ycbcr_to_rgb(torch.cat([y, ycbcr[:, 1:]], dim=1))
     # The published inverse has rounded constants, as kornia had up to 0.8.
     torch.testing.assert_close(with_luma(image, y).clamp(0, 1), wanted, rtol=0, atol=3e-4)
-    assert (with_luma(image, luma(image)) - image).abs().max() < 1.5e-4
+    assert (with_luma(image, luma(image)) - image).abs().max() < 2.9e-4
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
