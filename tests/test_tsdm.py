@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.conftest import formula_colour, formula_image, set_formula_weights
+import test_IVF
+import train
+from tests.conftest import formula_colour, formula_image, set_formula_weights, write_pair
 from utils import InputError
 from utils.checkpoint import read_file
 from utils.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
 from utils.inference import fuse_arrays
+from utils.patches import PatchWriter
 from zoo import Batch, Pass, Stage, find_system
 from zoo.tsdm import Lesson, Options, TSDMFusion
 from zoo.tsdm.losses import (
@@ -835,3 +838,30 @@ def test_passes_that_are_no_partition_of_the_networks_are_refused():
             Stage("s", 1, {**one, **two}, losses, passes=passes)
     with pytest.raises(ValueError, match="rates"):
         Stage("s", 1, one, losses, rates={"two": 0.5})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scripts
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_teacher_is_trained_by_the_script_and_both_networks_fuse_a_folder(model, tmp_path, capsys):
+    y, x = np.mgrid[:16, :16]
+    waves = 127 + 100 * np.sin(0.5 * x + 0.3 * y + np.arange(4)[:, None, None])
+    with PatchWriter(tmp_path / "patches.h5", 16) as writer:
+        writer.add(waves, 255 - waves)
+    argv = ["--system", "tsdm", "--recipe", "teacher", "--data", tmp_path / "patches.h5", "--out", tmp_path / "run"]
+    argv += ["--device", "cpu", "--batch-size", "2", "--teacher-epochs", "1"]
+    assert train.main(list(map(str, argv))) == 0
+    weights = tmp_path / "run" / "TSDM-Fusion_IVF.pth"
+    about = TSDMFusion().load_published(weights)
+    assert (about["system"], about["stage"], about["learning_rate"], about["steps"]) == ("tsdm", "teacher", 5e-4, 2)
+    model.save(tmp_path / "student.pth", {"task": "ivf"})
+    write_pair(tmp_path / "SET", ("vi", "ir"), "1.png", 1, size=(43, 51))
+    capsys.readouterr()
+    argv = ["--system", "tsdm", "--data", tmp_path / "SET", "--device", "cpu", "--out", tmp_path / "out", "--weights"]
+    assert test_IVF.main(list(map(str, [*argv, weights, tmp_path / "student.pth"]))) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("TSDM-Fusion    \t") == 2 and "decoder image: published" in printed
+    assert test_IVF.main(list(map(str, [*argv, tmp_path / "student.pth", "--skip", "minimal"]))) == 0
+    assert "decoder image: minimal" in capsys.readouterr().out
