@@ -806,10 +806,12 @@ def test_distributed_passes_find_no_unused_parameter_and_equal_one_process(tmp_p
         torch.testing.assert_close(together.state_dict()[key], value, rtol=0, atol=1e-6)  # gradients in other memory
 
 
-def test_held_out_pair_has_losses_in_every_stage():
-    for stage in small()[1]:
+@pytest.mark.parametrize("size", [TSDMFusion.smallest_patch, 43])
+def test_held_out_pair_has_losses_in_every_stage(size):
+    model, stages = small()
+    for stage in [*stages, *model.stages(Options(), "ivf")]:
         with torch.inference_mode():
-            terms = stage.losses(stage.prepare(colour_batch(count=1), (0, 0)))
+            terms = stage.losses(stage.prepare(colour_batch(size, count=1), (0, 0)))
         assert all(value.isfinite() for value in terms.values())
 
 

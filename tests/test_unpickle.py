@@ -158,6 +158,7 @@ BY_HAND = {
         b"\x80\x02(" + text("storage") + named("torch", "FloatStorage") + text("../../data.pkl") + text("cpu")
         + b"K\x01tQ.", "damaged",
     ),
+    "huge_memo": (b"\x80\x02}r\xff\xff\xff\xff.", "a memo larger"),
     "no_dict": (b"\x80\x02K\x01.", "holds a int"),
     "cut_off": (b"\x80\x02}", "damaged"),
     "buffer": (b"\x80\x05\x97.", "damaged"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -85,7 +86,11 @@ class _Reader(pickle.Unpickler):
     nothing which a file sets on them outlives it."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str, path: Path) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8")
+        data = archive.read(f"{root}data.pkl")
+        # The memo is an array as long as its highest number, which a few bytes could put at four billion.
+        if any("PUT" in code.name and argument > len(data) for code, argument, _ in pickletools.genops(data)):
+            raise ValueError("a memo larger than the pickle")
+        super().__init__(io.BytesIO(data), encoding="utf-8")
         self.archive, self.root, self.path = archive, root, path
         self.storages: dict[str, Tensor] = {}
         self.stand_ins: dict[tuple[str, str], type] = {}

@@ -8,7 +8,8 @@ A system is a class that is an `nn.Module` and has
   before training, and drops or merges a last batch that is smaller;
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
-- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1];
+- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice -> fused (B, 1, H, W) in [0, 1]; a system that fuses colour
+  takes visible images (B, 3, H, W) too, and then gives such;
 - `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
   the images;
 - `stages(options, task)`: the training, as a list of `Stage`;
