@@ -3,6 +3,7 @@
 python dataprocessing.py                                    # MSRS_train/{ir,vi}, as published
 python dataprocessing.py --data MSRS_train RoadScene_train  # several data sets into one file
 python dataprocessing.py --holdout 20                       # and every 20th pair kept apart for validation
+python dataprocessing.py --degrade --data SET               # no patches: a panel of what TSDM-Fusion trains on
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, run_script
+from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, run_script
+from utils.degradation import INFRARED, VISIBLE
+from utils.degradation_panel import write_examples
 from utils.images import Pair, check_same_size, find_modalities, list_pairs, read_luma
 from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.saliency import visual_saliency
@@ -62,6 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--holdout-size", type=int, default=256, help="the middle of a held-out pair, this many pixels (default: 256)")
     add("--saliency", action="store_true", help="store saliency maps of the infrared images, which MLFuse trains on")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
+    add(
+        "--degrade",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SEED",
+        help="only write a panel of degraded pairs, by default data/degraded_<SEED>.png, and print what was drawn",
+    )
+    for name in ("vis", "ir"):
+        text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/degradation.py)"
+        add(f"--degrade-{name}", default="", metavar="RANGES", help=text)
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -79,6 +93,8 @@ def prepare(args: argparse.Namespace) -> int:
             f"{SMALLEST_SCORED}, which the metrics need"
         )
     folders = source_folders(args)
+    if args.degrade is not None:
+        return show_degraded(args, [pair for both in folders for pair in list_pairs(*both).pairs])
     out = args.out or default_out(folders, args.patch_size, args.stride)
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file whose name ends in .h5")
@@ -130,6 +146,14 @@ def prepare(args: argparse.Namespace) -> int:
     return EXIT_BAD_INPUT if bad else 0
 
 
+def show_degraded(args: argparse.Namespace, pairs: list[Pair]) -> int:
+    ranges = VISIBLE.changed(args.degrade_vis), INFRARED.changed(args.degrade_ir)
+    out = args.out or Path("data") / f"degraded_{args.degrade}.png"
+    bad = write_examples(out, pairs, args.degrade, *ranges)
+    print(f"{out}: each row visible, degraded twice, infrared, degraded twice")
+    return EXIT_BAD_INPUT if bad else 0
+
+
 def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if len(args.vi) != len(args.ir):
         raise InputError(
@@ -137,6 +161,8 @@ def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         )
     named = list(zip(args.vi, args.ir, strict=True))
     data = args.data or ([] if named else [Path("MSRS_train")])
+    if args.degrade is not None and not (args.data or named or data[0].exists()):
+        data = [in_checkout("test_img", "Sample_IVF")]
     return [find_modalities(folder) for folder in data] + named
 
 

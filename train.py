@@ -55,6 +55,7 @@ class Options:
     warmup_steps: int = option(0, "steps over which the rate rises to its value, before either schedule", low=0)
     clip_norm: float = option(0.01, "largest gradient norm of each network; 0: no limit", low=0)
     weight_decay: float = option(0.0, "of Adam, added to the gradient", low=0)
+    decoupled_weight_decay: bool = option(False, "take the decay off the weights instead, as AdamW does")
     crop: int = option(0, "side of a random crop of each patch; 0: the whole patch", low=0)
     flips: bool = option(False, "flip and quarter-turn patches at random")
     epoch_batches: int = option(0, "steps an epoch; 0: one pass over the patches", low=0)

@@ -29,7 +29,7 @@ from tests import reference_net
 from utils import git_commit
 from utils.inference import keep_freed_memory, pick_device
 from utils.patches import Batch, PatchDataset
-from utils.training import Run, _StageLosses
+from utils.training import Run, _PassLosses
 from zoo.cddfuse import CDDFuseSystem
 
 WAYS = ("published float32", "ours float32", "ours bfloat16")
@@ -103,12 +103,12 @@ def make_step(way: str, phase: int, args: argparse.Namespace) -> Callable[[], No
         training = reference_net.Training(reference_net.CDDFuse().to(args.device))
         return lambda: training.step(phase, vis, ir)
     run = ours(precision, phase, args)
-    losses = _StageLosses(run.stage)
+    losses: torch.nn.Module = _PassLosses(run.stage.updates[0])
     if args.compile:
         losses = torch.compile(losses)
 
     def step() -> None:
-        run.train_step(run.stage, losses, Batch(vis, ir))
+        run.train_step(run.stage, [losses], Batch(vis, ir))
         run.unseen.clear()  # what an epoch would look at now and then
 
     return step

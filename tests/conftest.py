@@ -20,6 +20,15 @@ def formula_image(c: float, height: int = 40, width: int = 56) -> Tensor:
     return image.float()[None, None]
 
 
+def formula_colour(c: float, height: int = 40, width: int = 56) -> Tensor:
+    """The colour image behind the golden numbers, (1, 3, H, W): channel k has k more in one wave, 2 k in the other."""
+    y = torch.arange(height, dtype=torch.float64)[:, None]
+    x = torch.arange(width, dtype=torch.float64)[None]
+    k = torch.arange(3, dtype=torch.float64)[:, None, None]
+    first, second = torch.sin(0.37 * y + 0.11 * x + c + k), torch.cos(0.23 * x - 0.05 * y * (c + 1) + 2 * k)
+    return (0.5 + 0.25 * first + 0.2 * second).float()[None]
+
+
 def set_formula_weights(network: nn.Module) -> None:
     """Gives a network the deterministic weights behind the golden numbers."""
     floating = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}

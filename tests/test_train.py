@@ -390,6 +390,10 @@ def test_every_system_has_the_verbs():
             "label",
             "skips",
             "smallest_side",
+            "smallest_patch",
+            "weights",
+            "columns",
+            "row_label",
             "Options",
         ):
             assert hasattr(system, verb), f"{name} has no {verb}"

@@ -8,6 +8,9 @@ recipe), which code written for the published files does not look at.
 
 A model that is saved here names its parts in `published_networks`, a dict from the name in the file to the
 attribute that holds the network.
+
+Other systems publish files of one network, `{"state_dict": ...}`, with the pickled module beside it, which is never
+rebuilt: `load_network`, `save_network`.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from utils import InputError, listed, whole_file
+from utils.unpickle import read_pickled_modules
 
 ABOUT = "about"
+STATE_DICT = "state_dict"
 _PREFIX = "module."
 _POINTER_START = b"version https://git-lfs"
 _ALIASES = {"CDDF_Encoder": "DIDF_Encoder", "CDDF_Decoder": "DIDF_Decoder"}
@@ -86,6 +91,52 @@ def save_checkpoint(
     save_file(path, content)
 
 
+def load_network(
+    path: Path | str, networks: dict[str, nn.Module], *, computed: tuple[str, ...] = ()
+) -> tuple[str, dict[str, Any]]:
+    """Loads a file of one network into the one of several that it is of; on any error all are unchanged.
+
+    Args:
+        path: a dict with a state dict under `state_dict`; pickled modules in it are passed over.
+        networks: the candidates, by name.
+        computed: last parts of keys that some files hold and the networks compute; they are left out.
+
+    Returns:
+        The name of the network, and the file's `about` entry as in `load_checkpoint`.
+
+    Raises:
+        FileNotFoundError, InputError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    content = read_file(path, modules=True)
+    state = content.get(STATE_DICT)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise InputError(
+            f"{path} holds {listed(content)}, and no dict of tensors called {STATE_DICT}: "
+            "it is a file of another network; name the right one with --weights"
+        )
+    state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in computed}
+    wanted = {name: network.state_dict() for name, network in networks.items()}
+    name = max(wanted, key=lambda name: len(wanted[name].keys() & state.keys()))
+    _check_keys(path, name, state, wanted[name])
+    networks[name].load_state_dict(state)
+    about = content.get(ABOUT, {})
+    return name, dict(about) if isinstance(about, dict) else {}
+
+
+def save_network(
+    path: Path | str, network: nn.Module, about: dict[str, Any] | None = None, *, half: bool = False
+) -> None:
+    """Saves one network under `state_dict`, whole or not at all; `about` and `half` as in `save_checkpoint`.
+
+    Raises:
+        InputError, OSError: as `save_checkpoint`.
+    """
+    state = {key: _stored(value, key, half) for key, value in network.state_dict().items()}
+    save_file(path, {STATE_DICT: state} | ({ABOUT: about} if about else {}))
+
+
 def save_file(path: Path | str, content: dict[str, Any]) -> None:
     """torch.save, whole or not at all.
 
@@ -99,8 +150,14 @@ def save_file(path: Path | str, content: dict[str, Any]) -> None:
             raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 
-def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def read_file(path: Path | str, map_location: str | torch.device = "cpu", *, modules: bool = False) -> dict[str, Any]:
     """Reads a file of tensors and plain values without running anything that is in it.
+
+    Args:
+        path: the file.
+        map_location: device to read the tensors to.
+        modules: whether it may hold pickled modules, which are passed over; see utils/unpickle.py. The tensors of
+            such a file come to the CPU.
 
     Raises:
         FileNotFoundError, InputError: as `load_checkpoint`.
@@ -127,6 +184,8 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
                 raise EOFError(damaged)
         content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
+        if modules and zipfile.is_zipfile(path):
+            return read_pickled_modules(path)
         if zipfile.is_zipfile(path):
             raise InputError(
                 f"{path} holds more than tensors and plain values, and what it holds could run code; it was not "

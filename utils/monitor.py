@@ -41,12 +41,12 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
     model.eval()
     skip = model.default_skip(task, task)
     losses, metrics = [], []
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         images = (pair.vis, pair.ir, visual_saliency(pair.ir))
         vis, ir, ir_saliency = (to_network(image, device) for image in images)
-        batch = Batch(vis, ir, ir_saliency=ir_saliency)
+        given = stage.prepare(Batch(vis, ir, ir_saliency=ir_saliency), (0, number))
         with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
-            terms = stage.losses(batch)
+            terms = stage.losses(given)
         losses.append({name: value.item() for name, value in terms.items()})
         fused = to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, precision=precision))
         scores = score(*(image.astype(np.float32) for image in (fused, pair.ir, pair.vis)))

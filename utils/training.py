@@ -30,7 +30,7 @@ from utils.inference import PRECISIONS
 from utils.patches import Batch, PatchDataset, batches_in_epoch, random_batches
 
 if TYPE_CHECKING:
-    from zoo import Stage
+    from zoo import Pass, Stage
 
 # Attributes of a Run that are stored as they are.
 COUNTERS = ("epoch", "batch", "step", "epochs_trained", "seconds", "sums", "best", "log")
@@ -97,7 +97,7 @@ class Run:
         groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
         self.optimizer = torch.optim.Adam(
             groups, lr=options.learning_rate, weight_decay=options.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            decoupled_weight_decay=options.decoupled_weight_decay, fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
         state = [value for value in model.state_dict().values() if value.is_floating_point()]
         self.floating: list[Tensor] = state
@@ -105,7 +105,7 @@ class Run:
         self.compile = False
         self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
         self.looked_at = self.step
-        self.unseen: list[tuple[int, list[str], Tensor]] = []
+        self.unseen: list[tuple[int, bool, list[str], Tensor]] = []
         self.started = time.monotonic()
 
     def trained(self, network: nn.Module) -> list[nn.Parameter]:
@@ -132,15 +132,14 @@ class Run:
             InputError: a loss, a gradient or a weight is not finite, or the memory is too small.
         """
         options, stage = self.options, self.stage
-        for name, network in self.networks.items():
-            for parameter in self.trained(network):
-                parameter.requires_grad_(name in stage.networks)
         self.model.train()
-        losses = _StageLosses(stage)
-        if self.compile:
-            losses = torch.compile(losses)
-        if ranks() > 1:
-            losses = DistributedDataParallel(losses)
+        losses = []
+        for part in stage.updates:
+            self.let_train(part.networks)  # before wrapping: DistributedDataParallel waits for what then has gradients
+            module: nn.Module = _PassLosses(part)
+            if self.compile:
+                module = torch.compile(module)
+            losses.append(DistributedDataParallel(module) if ranks() > 1 else module)
         batches = random_batches(
             self.dataset, options.batch_size, (options.seed, self.epoch), crop=options.crop, flips=options.flips,
             batches=options.epoch_batches, start=self.batch, part=(rank(), ranks()), smallest=self.smallest_batch,
@@ -166,13 +165,32 @@ class Run:
                 since = time.perf_counter()
         self.finish_epoch()
 
-    def train_step(self, stage: Stage, losses: nn.Module, batch: Batch) -> None:
-        """One step of the optimiser. Nothing in it makes a GPU wait for the host."""
+    def let_train(self, networks: Mapping[str, nn.Module]) -> None:
+        """Gives gradients to these networks and to no others."""
+        for name, network in self.networks.items():
+            for parameter in self.trained(network):
+                parameter.requires_grad_(name in networks)
+
+    def train_step(self, stage: Stage, losses: list[nn.Module], batch: Batch) -> None:
+        """One step: an update for each pass of the stage. But for `prepare`, nothing makes a GPU wait for the host."""
         self.set_learning_rates()
+        given = stage.prepare(batch, (self.options.seed, self.step, rank()))
+        for part, module in zip(stage.updates, losses, strict=True):
+            if len(losses) > 1:
+                self.let_train(part.networks)
+            self.update(stage, part, module, batch, given)
+        self.step += 1
+        self.batch += 1
+        if self.ema:
+            decay = min(self.options.ema, (1 + self.step) / (EMA_WARMUP + self.step))
+            torch._foreach_lerp_(self.ema, self.floating, 1 - decay)
+
+    def update(self, stage: Stage, part: Pass, losses: nn.Module, batch: Batch, given: Any) -> None:
+        """One pass: losses, gradients, and a step of the optimiser, which passes over all without gradients."""
         precision = self.options.precision
         try:
             with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-                terms = losses(batch)
+                terms = losses(given)
             self.optimizer.zero_grad(set_to_none=True)
             terms["total"].backward()
         except (RuntimeError, MemoryError) as error:
@@ -180,17 +198,16 @@ class Run:
                 raise
             raise InputError(self.advise_on_memory(stage, batch)) from error
         limit = self.options.clip_norm or math.inf
-        norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in stage.networks.items()}
+        norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in part.networks.items()}
+        last = part.name == stage.updates[-1].name
+        if not last:  # the plain names are those of the last pass, whose losses are the stage's
+            terms = {f"{part.name} {name}": value for name, value in terms.items()}
         values = {**terms, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
-        self.unseen.append((len(batch.vis), list(values), torch.stack([v.detach().double() for v in values.values()])))
+        stacked = torch.stack([v.detach().double() for v in values.values()])
+        self.unseen.append((len(batch.vis), last, list(values), stacked))
         if self.steps_between_looks == 1:
             self.check_finite()  # before the step that would spoil the weights
         self.optimizer.step()
-        self.step += 1
-        self.batch += 1
-        if self.ema:
-            decay = min(self.options.ema, (1 + self.step) / (EMA_WARMUP + self.step))
-            torch._foreach_lerp_(self.ema, self.floating, 1 - decay)
 
     def set_learning_rates(self) -> None:
         """Sets each network's rate for the coming step; the rate is a function of counters, with no state."""
@@ -202,7 +219,8 @@ class Run:
             else:
                 factor = 0.5 + 0.5 * math.cos(math.pi * self.step / (self.epochs * self.epoch_batches))
             floor = min(options.min_lr, options.learning_rate)
-            group["lr"] = warmup * max(factor * options.learning_rate, floor)
+            relative = self.stage.rates.get(group["name"], 1)
+            group["lr"] = relative * warmup * max(factor * options.learning_rate, floor)
 
     def check_finite(self) -> list[dict[str, float]]:
         """The values of the steps since the last look.
@@ -210,7 +228,7 @@ class Run:
         Raises:
             InputError: one is NaN or infinite; the names are given.
         """
-        seen = [dict(zip(names, values.tolist(), strict=True)) for _, names, values in self.unseen]
+        seen = [dict(zip(names, values.tolist(), strict=True)) for *_, names, values in self.unseen]
         bad = [f"{name} {value}" for values in seen for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise InputError(
@@ -226,11 +244,14 @@ class Run:
             InputError: as `check_finite`.
         """
         seen = self.check_finite()
-        for (patches, _, _), values in zip(self.unseen, seen, strict=True):
-            self.sums[""] = self.sums.get("", 0.0) + patches
+        newest: dict[str, float] = {}
+        for (patches, last, *_), values in zip(self.unseen, seen, strict=True):
+            if last:
+                self.sums[""] = self.sums.get("", 0.0) + patches
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value * patches
-        newest, norms = seen[-1], {}
+            newest |= values
+        norms = {}
         for name in [name for name in newest if name.startswith("gradient norm of ")]:
             norms[name.removeprefix("gradient norm of ")] = newest.pop(name)
         self.unseen.clear()
@@ -269,8 +290,12 @@ class Run:
                 torch.cuda.empty_cache()
             try:
                 precision = self.options.precision
+                fewer = batch.each(operator.itemgetter(slice(size)))
+                given = stage.prepare(fewer, (self.options.seed, self.step, rank()))
                 with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-                    stage.losses(batch.each(operator.itemgetter(slice(size))))["total"].backward()
+                    for part in stage.updates:
+                        self.let_train(part.networks)
+                        part.losses(given)["total"].backward()
                 fits = size
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
@@ -421,16 +446,16 @@ class Run:
         return None
 
 
-class _StageLosses(nn.Module):
-    """A stage as one module, from batch to losses, for what wraps modules: compilation, distribution."""
+class _PassLosses(nn.Module):
+    """A pass as one module, from batch to losses, for what wraps modules: compilation, distribution."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, part: Pass) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(stage.networks)
-        self.losses = stage.losses
+        self.networks = nn.ModuleDict(part.networks)
+        self.losses = part.losses
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.losses(batch)
+    def forward(self, given: Any) -> dict[str, Tensor]:
+        return self.losses(given)
 
 
 class Stop:

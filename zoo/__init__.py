@@ -9,7 +9,8 @@ A system is a class that is an `nn.Module` and has
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
 - `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused (B, 1, H, W) in [0, 1], or in a
-  range that its docstring names, to be stretched or clipped to that;
+  range that its docstring names, to be stretched or clipped to that; a system that fuses colour takes visible images
+  (B, 3, H, W) too, and then gives such;
 - `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
   the images;
 - `stages(options, task)`: the training, as a list of `Stage`;
@@ -33,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from utils import InputError
 from utils.patches import Batch
 
-__all__ = ["SYSTEMS", "TASKS", "Batch", "Stage", "check_options", "find_system", "option"]
+__all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "check_options", "find_system", "option"]
 
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
@@ -51,6 +52,7 @@ SYSTEMS = {
     "cddfuse": ("zoo.cddfuse", "CDDFuseSystem"),
     "fsidfusion": ("zoo.fsidfusion", "FSIDFusion"),
     "mlfuse": ("zoo.mlfuse", "MLFuseSystem"),
+    "tsdm": ("zoo.tsdm", "TSDMFusion"),
 }
 
 
@@ -91,6 +93,25 @@ def check_options(options: Any) -> None:
         raise InputError("; ".join(problems))
 
 
+def _as_it_is(batch: Batch, seed: Sequence[int]) -> Batch:
+    return batch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One update within a step of a `Stage`: what it trains, on which losses.
+
+    Attributes:
+        name: for the log.
+        networks: those that are updated, by name; all others, those of other passes too, stand still.
+        losses: as of a stage.
+    """
+
+    name: str
+    networks: dict[str, nn.Module]
+    losses: Callable[[Any], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stretch of a training: what is trained, for how long, on which losses.
@@ -101,12 +122,37 @@ class Stage:
         networks: those that are trained, by name; all others stand still. Each has its own gradient clipping and
             its own learning rate schedule, which counts only the epochs in which it was trained.
         losses: a batch -> every loss term by its name in the paper; the key `total` is minimised.
+        passes: for networks that are trained in turns. A step then is one update a pass, in this order, all on one
+            batch; each sees what those before it have made of their networks. Every network of the stage is in
+            one pass. `losses` is then what is looked at on held-out pairs.
+        prepare: (batch, seed) -> what the losses are given, and all passes of a step alike: damaged images, targets
+            of a network that is not trained. It runs before the step, without gradient, on the batch's device.
+            What it draws depends on the seed alone, (seed of the run, step, process): nothing is to be stored.
+        rates: by name of a network, the factor of its learning rate, 1 where it is not named.
+
+    Raises:
+        ValueError: the passes are not a partition of the networks, or a rate is for another network.
     """
 
     name: str
     epochs: int
     networks: dict[str, nn.Module]
-    losses: Callable[[Batch], dict[str, Tensor]]
+    losses: Callable[[Any], dict[str, Tensor]]
+    passes: tuple[Pass, ...] = ()
+    prepare: Callable[[Batch, Sequence[int]], Any] = _as_it_is
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        in_passes = sorted(name for part in self.passes for name in part.networks)
+        if self.passes and in_passes != sorted(self.networks):
+            raise ValueError(f"stage {self.name}: passes over {in_passes} where each of {[*self.networks]} is in one")
+        if not self.rates.keys() <= self.networks.keys():
+            raise ValueError(f"stage {self.name}: rates of {[*self.rates]}, but it trains {[*self.networks]}")
+
+    @property
+    def updates(self) -> tuple[Pass, ...]:
+        """What a step does, in this order: the passes, or one over all networks."""
+        return self.passes or (Pass(self.name, self.networks, self.losses),)
 
 
 def find_system(name: str) -> type[Any]:
