@@ -173,8 +173,9 @@ def test_attend_equals_attention_written_out():
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     attended = torch.softmax(q @ k.transpose(-2, -1) * temperature, dim=-1) @ v
     wanted = torch.nn.functional.conv2d(attended.reshape(2, 16, 5, 7), projection)
-    got = net.attend(lambda x: x, qkv, temperature, projection)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    attended = net.attend(lambda x: x, lambda x: x.chunk(3, dim=1)[2], qkv, temperature, projection)
+    for got in (attended(qkv), attended(qkv, attended.values)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(2, 9), (13, 7), (24, 31)])
@@ -193,11 +194,17 @@ def test_strips_of_any_height_give_the_result_of_the_whole_image(model, size, pi
 def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
     torch.manual_seed(0)
     attention = net.FullAttention(16, 4).double()
+    norm = net.PixelNorm(16).double()
     x = torch.randn(1, 16, 6, 7, dtype=torch.float64)
     weights = list(attention.parameters())
-    got = torch.autograd.grad(attention(x).square().sum(), weights)
-    plain = net.attend(lambda x: attention.qkv2(attention.qkv1(x)), x, attention.scale, attention.proj.weight)
-    for a, b in zip(got, torch.autograd.grad(plain.square().sum(), weights), strict=True):
+    attended = attention(norm, x)
+    got = torch.autograd.grad(attended(x, attended.values).square().sum(), weights)
+
+    def two(x):
+        return attention.qkv2(attention.qkv1(norm(x)))
+
+    plain = net.attend(two, lambda x: two(x).chunk(3, dim=1)[2], x, attention.scale, attention.proj.weight)
+    for a, b in zip(got, torch.autograd.grad(plain(x).square().sum(), weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
