@@ -58,7 +58,7 @@ class Features(NamedTuple):
 class Workspace:
     """Where feature maps live between two sweeps over an image. This one keeps them in memory.
 
-    A sub-class may put them elsewhere; a map on another device is brought to `like`'s piece by piece.
+    A sub-class may put them elsewhere: `fetch` then brings a piece of a map to where it is worked on.
     """
 
     def new_map(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -68,6 +68,9 @@ class Workspace:
     def spare_map(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
         """The same for a map that saves time only; None where there is no room for it."""
         return self.new_map(shape, like)
+
+    def fetch(self, piece: Tensor) -> Tensor:
+        return piece
 
     def row_done(self) -> None:
         """Called whenever a row of pieces has been worked on."""
@@ -133,6 +136,7 @@ def _in_pieces(
 
     Each piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
     """
+    workspace = _setting.get().workspace
     row_cuts, column_cuts = _grid(maps[0])
     if len(row_cuts) == len(column_cuts) == 1:
         yield (slice(None), slice(None)), function(*maps)
@@ -151,12 +155,12 @@ def _in_pieces(
             bands.append(band)
         for left, right in column_cuts:
             start = max(left - halo, 0)
-            piece = function(*(band[..., start : right + halo] for band in bands))
+            piece = function(*(workspace.fetch(band[..., start : right + halo]) for band in bands))
             # Pixels near an inner edge have seen padding in place of their neighbours; they belong to another piece.
             inner = piece[:, :, top - first : bottom - first, left - start : right - start]
             yield (slice(top, bottom), slice(left, right)), inner
         del bands, band
-        _setting.get().workspace.row_done()
+        workspace.row_done()
 
 
 def _assemble(pieces: Iterator[tuple[Box, Tensor]], height: int, width: int, into: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout
 from utils.images import PairList, find_modalities, list_pairs, modalities_in, read_grey, to_uint8, write_grey
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
+from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
 from utils.scores import ScoreSheet, format_excluded, format_table
 
@@ -85,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--no-stretch", action="store_true", help="do not stretch each fused image to the full range")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
+    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
     add("--system", choices=list(systems), default="cddfuse", help="default: cddfuse")
     add("--debug", action="store_true", help="show tracebacks")
 
@@ -193,8 +196,9 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
         try:
             vis, ir = pair.read()
             fused = fuse_arrays(
-                method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision
-            )
+                method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision,
+                max_memory=args.max_memory, scratch=args.scratch,
+            )  # fmt: skip
             path = folder / f"{pair.name}.png"
             write_grey(path, fused)
             fate = "fused, but not scored"
