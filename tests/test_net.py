@@ -19,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import net
+from tests import reference_cddfuse
 from tests.conftest import formula_image, set_formula_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,6 +140,14 @@ def test_sources_of_two_shapes_are_refused(model):
 def test_unknown_skip_is_refused_with_the_known_ones(model):
     with pytest.raises(ValueError, match="vis, sum, none"):
         model.fuse(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), skip="ir")
+
+
+@pytest.mark.parametrize("skip", net.SKIPS)
+def test_fused_image_is_that_of_the_network_written_out(model, skip):
+    vis, ir = formula_image(0, 19, 23), formula_image(1, 19, 23)
+    with torch.no_grad():
+        wanted = reference_cddfuse.fuse(model, vis, ir, skip)
+        torch.testing.assert_close(model.fuse(vis, ir, skip), wanted, rtol=0, atol=2e-6)  # float32
 
 
 def test_a_batch_equals_its_images_one_by_one(model):
