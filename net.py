@@ -126,15 +126,16 @@ def _cut(length: int, most: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-Box = tuple[slice, slice]  # rows, columns
+# What can be done piece by piece: a function, its maps, and how far beside a pixel of a map it looks.
+Part = tuple[Callable[..., Tensor], tuple[Tensor, ...], int]
 
 
 def _in_pieces(
-    function: Callable[..., Tensor], *maps: Tensor, halo: int, into: Tensor | None = None
-) -> Iterator[tuple[Box, Tensor]]:
-    """function(*maps) in pieces; a pixel of it may depend on the pixels of `maps` at most `halo` beside it.
+    function: Callable[..., Tensor], maps: Sequence[Tensor], halo: int, into: Tensor | None = None
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """function(*maps) in pieces, each with its rows and columns.
 
-    Each piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
+    A piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
     """
     workspace = _setting.get().workspace
     row_cuts, column_cuts = _grid(maps[0])
@@ -163,14 +164,23 @@ def _in_pieces(
         workspace.row_done()
 
 
-def _assemble(pieces: Iterator[tuple[Box, Tensor]], height: int, width: int, into: Tensor | None = None) -> Tensor:
-    """The map (B, C', H, W) that pieces make; a single one is the map itself, and `into` is then left alone."""
+def side_by_side(merge: Callable[..., Tensor], *parts: Part, into: Tensor | None = None) -> Tensor:
+    """merge(function(*maps), ...) of the parts, in pieces where `strips` asks for them.
+
+    Args:
+        merge: one result of each part -> (B, C', H, W), pixel by pixel.
+        parts: (function, maps, halo) each, all maps of one batch, height and width; see `strip_by_strip`.
+        into: where the result may be written, one of the maps for instance; take the result from the return value.
+    """
+    height, width = parts[0][1][0].shape[2:]
     out = into
-    for (rows, columns), piece in pieces:
+    for found in zip(*(_in_pieces(*part, into) for part in parts), strict=True):
+        piece = merge(*(x for _, x in found))
         if piece.shape[2:] == (height, width):
             return piece
         if out is None:
             out = _setting.get().workspace.new_map((*piece.shape[:2], height, width), piece)
+        rows, columns = found[0][0]
         out[:, :, rows, columns] = piece
     return out
 
@@ -180,11 +190,11 @@ def strip_by_strip(function: Callable[..., Tensor], *maps: Tensor, halo: int, in
 
     Args:
         function: maps -> (B, C', H, W), where a pixel depends on pixels at most `halo` rows and columns beside it.
-        maps: (B, C, H, W) each, of one height and width.
+        maps: (B, C, H, W) each.
         halo: as above.
-        into: where the result may be written, one of the maps for instance; take the result from the return value.
+        into: as for `side_by_side`.
     """
-    return _assemble(_in_pieces(function, *maps, halo=halo, into=into), *maps[0].shape[2:], into=into)
+    return side_by_side(lambda x: x, (function, maps, halo), into=into)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -267,7 +277,7 @@ def attend(
     """
     values: Tensor | None = None
     sums: list[Tensor] = []
-    for (rows, columns), qkv in _in_pieces(make_qkv, x, halo=1):
+    for (rows, columns), qkv in _in_pieces(make_qkv, (x,), halo=1):
         channels = qkv.shape[1] // 3
         qk, v = qkv.split([2 * channels, channels], dim=1)
         part = attention_sums(qk.permute(0, 2, 3, 1).flatten(1, 2))  # pixels first, a view in channels-last
@@ -283,8 +293,8 @@ def attend(
             values[:, :, rows, columns] = v
     attention = attention_map(*sums, temperature)  # (B, G, d, d)
     # project(attention @ v) = (project . attention) @ v: the two maps become one C x C matrix an image.
-    rows = projection.flatten(1).unflatten(1, attention.shape[1:3]).to(attention.dtype)  # (C, G, d)
-    matrix = torch.einsum("ogi,bgij->bgjo", rows, attention).flatten(1, 2)  # (B, C in, C out)
+    by_head = projection.flatten(1).unflatten(1, attention.shape[1:3]).to(attention.dtype)  # (C, G, d)
+    matrix = torch.einsum("ogi,bgij->bgjo", by_head, attention).flatten(1, 2)  # (B, C in, C out)
     return Attended(matrix, values, make_values)
 
 
@@ -332,14 +342,14 @@ class DepthwiseAttention(nn.Module):
 
     def forward(self, norm: PixelNorm, x: Tensor) -> Attended:
         v_in, v_depthwise = (conv.weight.chunk(3)[2] for conv in (self.qkv, self.qkv_dwconv))
-        dim = len(v_in)
-        return attend(
-            lambda x: self.qkv_dwconv(self.qkv(norm(x))),
-            lambda x: F.conv2d(F.conv2d(norm(x), v_in), v_depthwise, padding=1, groups=dim),
-            x,
-            self.temperature,
-            self.project_out.weight,
-        )
+
+        def make_values(x: Tensor) -> Tensor:
+            return F.conv2d(F.conv2d(norm(x), v_in), v_depthwise, padding=1, groups=len(v_in))
+
+        def make_qkv(x: Tensor) -> Tensor:
+            return self.qkv_dwconv(self.qkv(norm(x)))
+
+        return attend(make_qkv, make_values, x, self.temperature, self.project_out.weight)
 
 
 class FullAttention(nn.Module):
@@ -357,14 +367,11 @@ class FullAttention(nn.Module):
         # of the work, the same function and, through this product, the same gradient.
         weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight, self.qkv1.weight.flatten(1))
         weight = _channels_last(weight)
-        v_weight = weight.chunk(3)[2]
-        return attend(
-            lambda x: F.conv2d(norm(x), weight, padding=1),
-            lambda x: F.conv2d(norm(x), v_weight, padding=1),
-            x,
-            self.scale,
-            self.proj.weight,
-        )
+
+        def make(rows: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: F.conv2d(norm(x), rows, padding=1)
+
+        return attend(make(weight), make(weight.chunk(3)[2]), x, self.scale, self.proj.weight)
 
 
 class GatedFeedForward(nn.Module):
@@ -392,8 +399,8 @@ class TransformerBlock(nn.Module):
         """The feed-forward, which sub-classes hold under its published name."""
         raise NotImplementedError
 
-    def prepare(self, x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], int]:
-        """Gathers what spans the image: x -> (function, maps, halo), with which `strip_by_strip` does the rest."""
+    def prepare(self, x: Tensor) -> Part:
+        """Gathers what spans the image: (B, C, H, W) -> the rest, which can be done piece by piece."""
         attention: Attended = self.attn(self.norm1, x)
 
         def rest(x: Tensor, *values: Tensor) -> Tensor:
@@ -403,8 +410,7 @@ class TransformerBlock(nn.Module):
         return (rest, (x,), 2) if attention.values is None else (rest, (x, attention.values), 1)
 
     def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        function, maps, halo = self.prepare(_channels_last(x))
-        return strip_by_strip(function, *maps, halo=halo, into=into)
+        return side_by_side(lambda x: x, self.prepare(_channels_last(x)), into=into)
 
 
 class RestormerBlock(TransformerBlock):
@@ -506,7 +512,10 @@ class DetailFeatureExtraction(nn.Module):
     def __init__(self, num_layers: int = 3, dim: int = 64) -> None:
         super().__init__()
         self.net = nn.Sequential(*(DetailNode(dim) for _ in range(num_layers)))
-        self.halo = DetailNode.halo * num_layers
+
+    def prepare(self, x: Tensor) -> Part:
+        """All nodes at once, as `side_by_side` takes them."""
+        return self.net, (x,), DetailNode.halo * len(self.net)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_size(x)
@@ -584,14 +593,12 @@ class Restormer_Encoder(ShallowEncoder):
         Returns:
             (B, 64, H, W) twice.
         """
-        function, maps, halo = self.baseFeature.prepare(shallow)
-        base = _in_pieces(function, *maps, halo=halo, into=shallow)
-        detail = _in_pieces(self.detailFeature.net, shallow, halo=self.detailFeature.halo, into=shallow)
-        both = (
-            (box, torch.cat([torch.add(*b.chunk(2)), torch.add(*d.chunk(2))]))
-            for (box, b), (_, d) in zip(base, detail, strict=True)
-        )
-        return _assemble(both, *shallow.shape[2:], into=shallow).chunk(2)
+
+        def sums(base: Tensor, detail: Tensor) -> Tensor:
+            return torch.cat([torch.add(*base.chunk(2)), torch.add(*detail.chunk(2))])
+
+        parts = self.baseFeature.prepare(shallow), self.detailFeature.prepare(shallow)
+        return side_by_side(sums, *parts, into=shallow).chunk(2)
 
 
 class Restormer_Decoder(nn.Module):
@@ -693,12 +700,9 @@ class CDDFuse(nn.Module):
     def _decode(self, image: Tensor | None, base: Tensor, detail: Tensor) -> Tensor:
         """Image or None, base and detail features summed over the modalities (written over in strips) -> fused."""
         base, detail = _channels_last(base), _channels_last(detail)
-        function, maps, halo = self.base_fusion.prepare(base)
-        fused_base = _in_pieces(function, *maps, halo=halo, into=base)
-        fused_detail = _in_pieces(self.detail_fusion.net, detail, halo=self.detail_fusion.halo, into=base)
-        merged = ((box, self.decoder.reduce(b, d)) for (box, b), (_, d) in zip(fused_base, fused_detail, strict=True))
-        reduced = _assemble(merged, *base.shape[2:], into=base)
-        del function, maps, fused_base, fused_detail, merged, base, detail
+        parts = self.base_fusion.prepare(base), self.detail_fusion.prepare(detail)
+        reduced = side_by_side(self.decoder.reduce, *parts, into=base)
+        del parts, base, detail  # attention values among them
         return self.decoder.decode(image, reduced, into=reduced)
 
 

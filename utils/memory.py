@@ -26,7 +26,7 @@ import net
 from utils import InputError
 
 # Pieces of so many pixels are fastest: on a CPU because a piece stays in the cache, on a GPU because few are needed.
-CPU_PIECE_PIXELS = 8192
+CPU_PIECE_PIXELS = 16384
 CUDA_PIECE_PIXELS = 2**20
 SMALLEST_PIECE = 256
 
@@ -121,7 +121,7 @@ def plan_memory(
         if pixels <= SMALLEST_PIECE:
             raise InputError(
                 f"{width}x{height} pixels need {format_size(working)} beyond the {format_size(resident_memory())} that "
-                f"the program has taken, {format_size(free)} are allowed; give --max-memory more, or reduce the images"
+                f"the program has taken, {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
             )
         pixels //= 2
 
