@@ -121,7 +121,7 @@ def plan_memory(
         if pixels <= SMALLEST_PIECE:
             raise InputError(
                 f"{width}x{height} pixels need {format_size(working)} beyond the {format_size(resident_memory())} that "
-                f"the program has taken, {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
+                f"is taken, and {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
             )
         pixels //= 2
 
