@@ -19,7 +19,8 @@ attention product below a plain matrix product over pixels, without a copy.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -50,53 +51,153 @@ class Features(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Strips: the same result from pieces that fit into a processor's cache
+# Strips: the same result from pieces, for images that fit neither a processor's cache nor memory
 # ---------------------------------------------------------------------------------------------------------
 
-_strip_pixels: ContextVar[int] = ContextVar("strip_pixels", default=0)
+
+class Workspace:
+    """Where feature maps live between two sweeps over an image. This one keeps them in memory.
+
+    A sub-class may put them elsewhere: `fetch` then brings a piece of a map to where it is worked on.
+    """
+
+    def new_map(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An empty map (B, C, H, W) in channels-last memory, of the dtype of `like`."""
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+    def spare_map(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
+        """The same for a map that saves time only; None where there is no room for it."""
+        return self.new_map(shape, like)
+
+    def fetch(self, piece: Tensor) -> Tensor:
+        return piece
+
+    def row_done(self) -> None:
+        """Called whenever a row of pieces has been worked on."""
+
+
+class _Setting(NamedTuple):
+    pixels: int
+    workspace: Workspace
+
+
+_WHOLE_IMAGES = _Setting(0, Workspace())
+_setting: ContextVar[_Setting] = ContextVar("strips", default=_WHOLE_IMAGES)
 
 
 @contextlib.contextmanager
-def strips(pixels: int) -> Iterator[None]:
-    """Within this context images are worked on in strips of whole rows of about so many pixels.
+def strips(pixels: int, workspace: Workspace | None = None) -> Iterator[None]:
+    """Within this context images are worked on in pieces of about so many pixels.
 
-    The result is that of the whole image up to rounding: convolutions see the rows beside their strip, and
-    attention gathers its sums over all strips before it is applied. It takes less memory, and on a CPU less
-    time, where a strip stays in the cache and a whole image does not. 0 means no strips. For inference.
+    A piece is a strip of whole rows, or a tile where rows are long. The result is that of the whole image up to
+    rounding: convolutions see the pixels beside their piece, and attention gathers its sums over all pieces before
+    it is applied. Maps are written over where nobody needs them any more. So it takes less memory, and on a CPU less
+    time, where a piece stays in the cache and a whole image does not. 0 means no pieces. Without gradients.
     """
-    token = _strip_pixels.set(pixels)
+    token = _setting.set(_Setting(pixels, workspace or Workspace()))
     try:
         yield
     finally:
-        _strip_pixels.reset(token)
+        _setting.reset(token)
 
 
 def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
-    """The strips of an image, as (first row, row after the last), of at least `fewest` rows but for the last one."""
+    """The strips of whole rows, as (top, bottom), in which a system may work on `x`, (B, C, H, W).
+
+    Each has at least `fewest` rows, but for the last one.
+    """
     batch, _, height, width = x.shape
-    rows = max(fewest, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
+    pixels = _setting.get().pixels
+    rows = max(fewest, pixels // (batch * width)) if pixels else height
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
-def _in_strips(function: Callable[..., Tensor], *maps: Tensor, halo: int) -> Iterator[Tensor]:
-    """function(*maps) in pieces along H, for a function of which a row depends on at most `halo` rows beside it."""
-    for top, bottom in row_ranges(maps[0]):
+def _grid(x: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Ranges of rows and of columns that cut `x` into pieces: as square as it takes to have little halo."""
+    batch, _, height, width = x.shape
+    pixels = _setting.get().pixels
+    if not pixels or batch * height * width <= pixels:
+        return [(0, height)], [(0, width)]
+    pixels = max(1, pixels // batch)
+    rows = max(1, math.isqrt(pixels), pixels // width)
+    return _cut(height, rows), _cut(width, max(1, pixels // rows))
+
+
+def _cut(length: int, most: int) -> list[tuple[int, int]]:
+    parts = -(-length // most)
+    edges = [length * i // parts for i in range(parts + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+# What can be done piece by piece: a function, its maps, and how far beside a pixel of a map it looks.
+Part = tuple[Callable[..., Tensor], tuple[Tensor, ...], int]
+
+
+def _in_pieces(
+    function: Callable[..., Tensor], maps: Sequence[Tensor], halo: int, into: Tensor | None = None
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """function(*maps) in pieces, each with its rows and columns.
+
+    A piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
+    """
+    workspace = _setting.get().workspace
+    row_cuts, column_cuts = _grid(maps[0])
+    if len(row_cuts) == len(column_cuts) == 1:
+        yield (slice(None), slice(None)), function(*maps)
+        return
+    above: list[Tensor | None] = [None] * len(maps)  # rows of a map as they were before they were written over
+    for top, bottom in row_cuts:
         first = max(top - halo, 0)
-        piece = function(*(x[:, :, first : bottom + halo] for x in maps))
-        # Rows near an inner edge have seen padding in place of their neighbours; they belong to another piece.
-        yield piece[:, :, top - first : bottom - first]
+        bands = []
+        for i, x in enumerate(maps):
+            band = x[:, :, first : bottom + halo]
+            if halo and into is not None and x.untyped_storage().data_ptr() == into.untyped_storage().data_ptr():
+                band = band.clone(memory_format=torch.channels_last)
+                if above[i] is not None:
+                    band[:, :, : top - first] = above[i]
+                above[i] = band[:, :, max(bottom - halo, 0) - first : bottom - first].clone()
+            bands.append(band)
+        for left, right in column_cuts:
+            start = max(left - halo, 0)
+            piece = function(*(workspace.fetch(band[..., start : right + halo]) for band in bands))
+            # Pixels near an inner edge have seen padding in place of their neighbours; they belong to another piece.
+            inner = piece[:, :, top - first : bottom - first, left - start : right - start]
+            yield (slice(top, bottom), slice(left, right)), inner
+        del bands, band
+        workspace.row_done()
 
 
-def strip_by_strip(function: Callable[..., Tensor], *maps: Tensor, halo: int) -> Tensor:
-    """function(*maps), in strips where `strips` asks for them.
+def side_by_side(merge: Callable[..., Tensor], *parts: Part, into: Tensor | None = None) -> Tensor:
+    """merge(function(*maps), ...) of the parts, in pieces where `strips` asks for them.
 
     Args:
-        function: maps -> (B, C', H, W), where a row depends on at most `halo` rows beside it.
-        maps: (B, C, H, W) each, of one height.
-        halo: as above.
+        merge: one result of each part -> (B, C', H, W), pixel by pixel.
+        parts: (function, maps, halo) each, all maps of one batch, height and width; see `strip_by_strip`.
+        into: where the result may be written, one of the maps for instance; take the result from the return value.
     """
-    pieces = list(_in_strips(function, *maps, halo=halo))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    height, width = parts[0][1][0].shape[2:]
+    out = into
+    for found in zip(*(_in_pieces(*part, into) for part in parts), strict=True):
+        piece = merge(*(x for _, x in found))
+        if piece.shape[2:] == (height, width):
+            return piece
+        if out is None:
+            out = _setting.get().workspace.new_map((*piece.shape[:2], height, width), piece)
+        rows, columns = found[0][0]
+        out[:, :, rows, columns] = piece
+    return out
+
+
+def strip_by_strip(function: Callable[..., Tensor], *maps: Tensor, halo: int, into: Tensor | None = None) -> Tensor:
+    """function(*maps), in pieces where `strips` asks for them.
+
+    Args:
+        function: maps -> (B, C', H, W), where a pixel depends on pixels at most `halo` rows and columns beside it.
+        maps: (B, C, H, W) each.
+        halo: as above.
+        into: as for `side_by_side`.
+    """
+    return side_by_side(lambda x: x, (function, maps, halo), into=into)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,9 +220,8 @@ def attention_sums(qk: Tensor) -> tuple[Tensor, Tensor]:
     # All C x C products in one matrix product, though only the diagonal blocks (one a head) are used: one
     # well-shaped product is faster than G thin ones.
     products = _at_least_float32(q.transpose(1, 2) @ k)
-    # torch accumulates the norm in float32 at least; asking for a float32 result would copy the whole of qk.
-    norms = _at_least_float32(torch.linalg.vector_norm(qk, dim=1))
-    return products, norms.square()
+    # The squares of half-precision numbers are added up in float32; vector_norm takes several times as long.
+    return products, qk.square().sum(dim=1, dtype=torch.promote_types(qk.dtype, torch.float32))
 
 
 def attention_map(products: Tensor, squares: Tensor, temperature: Tensor) -> Tensor:
@@ -144,33 +244,62 @@ def attention_map(products: Tensor, squares: Tensor, temperature: Tensor) -> Ten
     return torch.softmax(cosines * temperature, dim=-1)
 
 
-def attend(make_qkv: Callable[[Tensor], Tensor], x: Tensor, temperature: Tensor, projection: Tensor) -> Tensor:
-    """Channel attention followed by its output projection, as one matrix product a pixel.
+class Attended(NamedTuple):
+    """Channel attention whose sums have been gathered, so that what is left of it is a function of each pixel.
+
+    matrix: attention and output projection in one, (B, C in, C out).
+    values: (B, C, H, W), or None where they are made again of the pixels around, by `make_values`.
+    """
+
+    matrix: Tensor
+    values: Tensor | None
+    make_values: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, values: Tensor | None = None) -> Tensor:
+        """The attention's output at a piece of the image: (B, C, h, w), and values if they were kept -> same."""
+        v = self.make_values(x) if values is None else values
+        pixels = v.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h * w, C), a view in channels-last
+        return (pixels @ self.matrix.to(v.dtype)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
+
+
+def attend(
+    make_qkv: Callable[[Tensor], Tensor],
+    make_values: Callable[[Tensor], Tensor],
+    x: Tensor,
+    temperature: Tensor,
+    projection: Tensor,
+) -> Attended:
+    """Gathers the sums of channel attention over an image.
 
     Args:
-        make_qkv: x -> queries, keys, values stacked along channels, (B, 3C, H, W); a row of the result may
-            depend on one row beside it.
+        make_qkv: x -> queries, keys, values stacked along channels, (B, 3C, H, W); a pixel of the result may
+            depend on the pixels next to it.
+        make_values: x -> the last third of the same.
         x: (B, C, H, W).
         temperature: (G, 1, 1).
         projection: weight of the bias-free 1x1 output convolution, (C, C, 1, 1).
-
-    Returns:
-        (B, C, H, W).
     """
-    values, sums = [], []
-    for qkv in _in_strips(make_qkv, x, halo=1):
+    values: Tensor | None = None
+    sums: list[Tensor] = []
+    for (rows, columns), qkv in _in_pieces(make_qkv, (x,), halo=1):
         channels = qkv.shape[1] // 3
-        # Pixels first: (B, h * W, 3C), a view in channels-last.
-        qk, v = qkv.permute(0, 2, 3, 1).flatten(1, 2).split([2 * channels, channels], dim=2)
-        sums.append(attention_sums(qk))
-        values.append(v.contiguous() if _strip_pixels.get() else v)  # a view would keep q and k in memory
-    attention = attention_map(*map(sum, zip(*sums, strict=True)), temperature)  # (B, G, d, d)
+        qk, v = qkv.split([2 * channels, channels], dim=1)
+        part = attention_sums(qk.permute(0, 2, 3, 1).flatten(1, 2))  # pixels first, a view in channels-last
+        if qkv.shape[2:] == x.shape[2:]:
+            sums, values = list(part), v
+            break
+        if not sums:
+            sums = [torch.zeros_like(s, dtype=torch.float64) for s in part]  # thousands of pieces may follow
+            values = _setting.get().workspace.spare_map((*v.shape[:2], *x.shape[2:]), v)
+        for total, s in zip(sums, part, strict=True):
+            total += s
+        if values is not None:
+            values[:, :, rows, columns] = v
+    attention = attention_map(*sums, temperature)  # (B, G, d, d)
     # project(attention @ v) = (project . attention) @ v: the two maps become one C x C matrix an image.
-    rows = projection.flatten(1).unflatten(1, attention.shape[1:3]).to(attention.dtype)  # (C, G, d)
-    matrix = torch.einsum("ogi,bgij->bgjo", rows, attention).flatten(1, 2)  # (B, C in, C out)
-    out = [v @ matrix.to(v.dtype) for v in values]  # each (B, h * W, C)
-    whole = out[0] if len(out) == 1 else torch.cat(out, dim=1)
-    return whole.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    by_head = projection.flatten(1).unflatten(1, attention.shape[1:3]).to(attention.dtype)  # (C, G, d)
+    matrix = torch.einsum("ogi,bgij->bgjo", by_head, attention).flatten(1, 2)  # (B, C in, C out)
+    return Attended(matrix, values, make_values)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -215,8 +344,16 @@ class DepthwiseAttention(nn.Module):
         self.qkv_dwconv = conv3x3(3 * dim, 3 * dim, groups=3 * dim)
         self.project_out = conv1x1(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return attend(lambda x: self.qkv_dwconv(self.qkv(x)), x, self.temperature, self.project_out.weight)
+    def forward(self, norm: PixelNorm, x: Tensor) -> Attended:
+        v_in, v_depthwise = (conv.weight.chunk(3)[2] for conv in (self.qkv, self.qkv_dwconv))
+
+        def make_values(x: Tensor) -> Tensor:
+            return F.conv2d(F.conv2d(norm(x), v_in), v_depthwise, padding=1, groups=len(v_in))
+
+        def make_qkv(x: Tensor) -> Tensor:
+            return self.qkv_dwconv(self.qkv(norm(x)))
+
+        return attend(make_qkv, make_values, x, self.temperature, self.project_out.weight)
 
 
 class FullAttention(nn.Module):
@@ -229,12 +366,16 @@ class FullAttention(nn.Module):
         self.qkv2 = conv3x3(3 * dim, 3 * dim)
         self.proj = conv1x1(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, norm: PixelNorm, x: Tensor) -> Attended:
         # Nothing stands between the two convolutions, so they are one 3x3 convolution from C to 3C: a third
         # of the work, the same function and, through this product, the same gradient.
         weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight, self.qkv1.weight.flatten(1))
         weight = _channels_last(weight)
-        return attend(lambda x: F.conv2d(x, weight, padding=1), x, self.scale, self.proj.weight)
+
+        def make(rows: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: F.conv2d(norm(x), rows, padding=1)
+
+        return attend(make(weight), make(weight.chunk(3)[2]), x, self.scale, self.proj.weight)
 
 
 class GatedFeedForward(nn.Module):
@@ -251,8 +392,33 @@ class GatedFeedForward(nn.Module):
         return self.project_out(F.gelu(gate) * value)
 
 
-class RestormerBlock(nn.Module):
-    """Attention and gated feed-forward (GDFN, depthwise), each normalised and residual. (B, C, H, W) -> same."""
+class TransformerBlock(nn.Module):
+    """Attention and gated feed-forward, each normalised and residual. (B, C, H, W) -> same."""
+
+    norm1: PixelNorm
+    attn: nn.Module
+    norm2: PixelNorm
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The feed-forward, which sub-classes hold under its published name."""
+        raise NotImplementedError
+
+    def prepare(self, x: Tensor) -> Part:
+        """Gathers what spans the image: (B, C, H, W) -> the rest, which can be done piece by piece."""
+        attention: Attended = self.attn(self.norm1, x)
+
+        def rest(x: Tensor, *values: Tensor) -> Tensor:
+            x = x + attention(x, *values)
+            return x + self.feed_forward(self.norm2(x))
+
+        return (rest, (x,), 2) if attention.values is None else (rest, (x, attention.values), 1)
+
+    def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        return side_by_side(lambda x: x, self.prepare(_channels_last(x)), into=into)
+
+
+class RestormerBlock(TransformerBlock):
+    """Restormer's block: depthwise attention, and a feed-forward (GDFN) with a depthwise convolution."""
 
     def __init__(self, dim: int, heads: int, expansion: float) -> None:
         super().__init__()
@@ -262,12 +428,18 @@ class RestormerBlock(nn.Module):
         self.norm2 = PixelNorm(dim)
         self.ffn = GatedFeedForward(dim, hidden, groups=2 * hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return strip_by_strip(lambda x: x + self.ffn(self.norm2(x)), x, halo=1)
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x)
 
 
-class BaseFeatureExtraction(nn.Module):
+def in_turn(blocks: Iterable[TransformerBlock], x: Tensor, into: Tensor | None = None) -> Tensor:
+    """Blocks one after the other, each written over the one before: (B, C, H, W) -> same."""
+    for block in blocks:
+        x = into = block(x, into)
+    return x
+
+
+class BaseFeatureExtraction(TransformerBlock):
     """Base branch ("Lite Transformer" in the paper): long-range, low-frequency features. (B, C, H, W) -> same.
 
     In the published code it is channel attention behind a full convolution, not the long-short range
@@ -283,10 +455,8 @@ class BaseFeatureExtraction(nn.Module):
         self.norm2 = PixelNorm(dim)
         self.mlp = GatedFeedForward(dim, hidden, groups=hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = _channels_last(x)
-        x = x + self.attn(self.norm1(x))
-        return strip_by_strip(lambda x: x + self.mlp(self.norm2(x)), x, halo=1)
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
 class Bottleneck(nn.Module):
@@ -337,7 +507,7 @@ class DetailNode(Coupling):
         self.shffleconv = nn.Conv2d(dim, dim, 1)  # the spelling is file format
 
     def forward(self, x: Tensor) -> Tensor:
-        return strip_by_strip(lambda x: self.couple(*self.shffleconv(x).chunk(2, dim=1)), x, halo=self.halo)
+        return self.couple(*self.shffleconv(x).chunk(2, dim=1))
 
 
 class DetailFeatureExtraction(nn.Module):
@@ -347,9 +517,17 @@ class DetailFeatureExtraction(nn.Module):
         super().__init__()
         self.net = nn.Sequential(*(DetailNode(dim) for _ in range(num_layers)))
 
+    def prepare(self, x: Tensor) -> Part:
+        """All nodes at once, as `side_by_side` takes them."""
+        return self.net, (x,), DetailNode.halo * len(self.net)
+
     def forward(self, x: Tensor) -> Tensor:
         _check_size(x)
-        return self.net(_channels_last(x))
+        x = _channels_last(x)
+        into = None
+        for node in self.net:
+            x = into = strip_by_strip(node, x, halo=node.halo, into=into)
+        return x
 
 
 class PatchEmbedding(nn.Module):
@@ -374,7 +552,8 @@ class ShallowEncoder(nn.Module):
     def shallow(self, image: Tensor) -> Tensor:
         """(B, I, H, W) -> (B, C, H, W)."""
         _check_size(image)
-        return self.encoder_level1(_channels_last(self.patch_embed(image)))
+        x = strip_by_strip(lambda image: _channels_last(self.patch_embed(image)), image, halo=1)
+        return in_turn(self.encoder_level1, x, into=x)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -409,6 +588,22 @@ class Restormer_Encoder(ShallowEncoder):
         shallow = self.shallow(inp_img)
         return Features(self.baseFeature(shallow), self.detailFeature(shallow), shallow)
 
+    def branch_sums(self, shallow: Tensor) -> tuple[Tensor, Tensor]:
+        """Base and detail features, each summed over the modalities, in the place of the shallow ones.
+
+        Args:
+            shallow: of vis and ir, stacked along the batch, (2B, 64, H, W); written over in strips.
+
+        Returns:
+            (B, 64, H, W) twice.
+        """
+
+        def sums(base: Tensor, detail: Tensor) -> Tensor:
+            return torch.cat([torch.add(*base.chunk(2)), torch.add(*detail.chunk(2))])
+
+        parts = self.baseFeature.prepare(shallow), self.detailFeature.prepare(shallow)
+        return side_by_side(sums, *parts, into=shallow).chunk(2)
+
 
 class Restormer_Decoder(nn.Module):
     """(image or None, base, detail) -> (fused, reduced): (B, 1, H, W) in [0, 1] and (B, 64, H, W).
@@ -436,9 +631,19 @@ class Restormer_Decoder(nn.Module):
         self.output = nn.Sequential(conv3x3(dim, dim // 2), nn.LeakyReLU(0.01), conv3x3(dim // 2, out_channels))
 
     def forward(self, inp_img: Tensor | None, base_feature: Tensor, detail_feature: Tensor) -> tuple[Tensor, Tensor]:
-        reduced = self.reduce_channel(torch.cat([_channels_last(base_feature), _channels_last(detail_feature)], dim=1))
-        residual = _at_least_float32(strip_by_strip(self.output, self.encoder_level2(reduced), halo=2))
-        return torch.sigmoid(residual if inp_img is None else residual + inp_img), reduced
+        base_feature, detail_feature = _channels_last(base_feature), _channels_last(detail_feature)
+        reduced = strip_by_strip(self.reduce, base_feature, detail_feature, halo=0)
+        return self.decode(inp_img, reduced), reduced
+
+    def reduce(self, base: Tensor, detail: Tensor) -> Tensor:
+        """Both features -> one: (B, 64, H, W) twice -> the same shape."""
+        return self.reduce_channel(torch.cat([base, detail], dim=1))
+
+    def decode(self, image: Tensor | None, reduced: Tensor, into: Tensor | None = None) -> Tensor:
+        """Reduced feature (B, 64, H, W) -> fused (B, 1, H, W); in strips `into`, maybe `reduced`, is written over."""
+        residual = strip_by_strip(self.output, in_turn(self.encoder_level2, reduced, into), halo=2)
+        residual = _at_least_float32(residual)
+        return torch.sigmoid(residual if image is None else residual + image)
 
 
 class CDDFuse(nn.Module):
@@ -487,16 +692,22 @@ class CDDFuse(nn.Module):
             ValueError: the shapes differ, a side is shorter than 2, or `skip` is unknown.
         """
         check_sources(vis, ir)
+        image = decoder_image(vis, ir, skip)
         # One pass over both modalities: the encoder is shared, and the larger batch keeps the machine busy.
-        base, detail, _ = self.encoder(torch.cat([vis, ir]))
-        return self.decode_fused(vis, ir, base, detail, skip)
+        return self._decode(image, *self.encoder.branch_sums(self.encoder.shallow(torch.cat([vis, ir]))))
 
     def decode_fused(self, vis: Tensor, ir: Tensor, base: Tensor, detail: Tensor, skip: str = "vis") -> Tensor:
         """The second half of `fuse`: features of vis and ir, stacked along the batch (2B, 64, H, W) -> fused."""
         image = decoder_image(vis, ir, skip)
-        base = self.base_fusion(torch.add(*base.chunk(2)))
-        detail = self.detail_fusion(torch.add(*detail.chunk(2)))
-        return self.decoder(image, base, detail)[0]
+        return self._decode(image, torch.add(*base.chunk(2)), torch.add(*detail.chunk(2)))
+
+    def _decode(self, image: Tensor | None, base: Tensor, detail: Tensor) -> Tensor:
+        """Image or None, base and detail features summed over the modalities (written over in strips) -> fused."""
+        base, detail = _channels_last(base), _channels_last(detail)
+        parts = self.base_fusion.prepare(base), self.detail_fusion.prepare(detail)
+        reduced = side_by_side(self.decoder.reduce, *parts, into=base)
+        del parts, base, detail  # attention values among them
+        return self.decoder.decode(image, reduced, into=reduced)
 
 
 def check_sources(vis: Tensor, ir: Tensor) -> None:

@@ -183,10 +183,19 @@ class CDDFuse(nn.Module):
         self.base_fusion = Base(64, 8)
         self.detail_fusion = Detail(num_layers=1)
 
-    def fuse(self, vis, ir):
+    @classmethod
+    def like(cls, model):
+        """With the weights, the precision and the device of a `net.CDDFuse`."""
+        first = next(model.parameters())
+        self = cls().to(first.device, first.dtype)
+        self.load_state_dict(model.state_dict())
+        return self.eval()
+
+    def fuse(self, vis, ir, skip="vis"):
+        image = {"vis": vis, "sum": vis + ir, "none": None}[skip]
         vis_base, vis_detail, _ = self.encoder(vis)
         ir_base, ir_detail, _ = self.encoder(ir)
-        return self.decoder(vis, self.base_fusion(ir_base + vis_base), self.detail_fusion(ir_detail + vis_detail))[0]
+        return self.decoder(image, self.base_fusion(ir_base + vis_base), self.detail_fusion(ir_detail + vis_detail))[0]
 
 
 # ---- losses ----------------------------------------------------------------------------------------------

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import net
+from tests import reference_net
 from tests.conftest import formula_image, set_formula_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,6 +142,14 @@ def test_unknown_skip_is_refused_with_the_known_ones(model):
         model.fuse(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), skip="ir")
 
 
+@pytest.mark.parametrize("skip", net.SKIPS)
+def test_fused_image_is_that_of_the_network_written_out(model, skip):
+    vis, ir = formula_image(0, 19, 23), formula_image(1, 19, 23)
+    with torch.no_grad():
+        wanted = reference_net.CDDFuse.like(model).fuse(vis, ir, skip)
+        torch.testing.assert_close(model.fuse(vis, ir, skip), wanted, rtol=0, atol=2e-6)  # float32
+
+
 def test_a_batch_equals_its_images_one_by_one(model):
     vis = torch.cat([formula_image(0), formula_image(2)])
     ir = torch.cat([formula_image(1), formula_image(3)])
@@ -173,31 +184,87 @@ def test_attend_equals_attention_written_out():
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     attended = torch.softmax(q @ k.transpose(-2, -1) * temperature, dim=-1) @ v
     wanted = torch.nn.functional.conv2d(attended.reshape(2, 16, 5, 7), projection)
-    got = net.attend(lambda x: x, qkv, temperature, projection)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    attended = net.attend(lambda x: x, lambda x: x.chunk(3, dim=1)[2], qkv, temperature, projection)
+    for got in (attended(qkv), attended(qkv, attended.values)):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [(2, 9), (13, 7), (24, 31)])
-@pytest.mark.parametrize("pixels", [1, 60, 200, 10_000])
-def test_strips_of_any_height_give_the_result_of_the_whole_image(model, size, pixels):
-    vis = torch.cat([formula_image(0, *size), formula_image(2, *size)])
-    ir = torch.cat([formula_image(1, *size), formula_image(3, *size)])
+class Forgetful(net.Workspace):
+    """Has room for nothing that can be made again."""
+
+    def spare_map(self, shape, like):
+        return None
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    height=st.integers(2, 33),
+    width=st.integers(2, 33),
+    pixels=st.integers(1, 1500),  # from pieces of one pixel, far below the halos, to one of the whole image
+    batch=st.integers(1, 2),
+    workspace=st.sampled_from([net.Workspace, Forgetful]),
+)
+@example(height=2, width=33, pixels=1, batch=1, workspace=Forgetful)
+@example(height=13, width=7, pixels=60, batch=2, workspace=Forgetful)
+@example(height=16, width=21, pixels=100, batch=1, workspace=net.Workspace)
+def test_pieces_of_any_size_give_the_result_of_the_whole_image(model, height, width, pixels, batch, workspace):
+    if pixels < 16:
+        height, width = min(height, 9), min(width, 9)  # the smallest pieces take long
+    vis, ir = (torch.cat([formula_image(c + i, height, width) for i in range(batch)]) for c in (0, 2))
+    given_vis = vis.clone()
     with torch.no_grad():
         wanted = model.fuse(vis, ir, "sum")
-        with net.strips(pixels):
+        with net.strips(pixels, workspace()):
             got = model.fuse(vis, ir, "sum")
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)  # float32; sums are ordered differently
-        torch.testing.assert_close(model.fuse(vis, ir, "sum"), wanted, rtol=0, atol=0)  # the context has ended
+    assert vis.equal(given_vis)
+
+
+@pytest.mark.parametrize("pixels", [50, 200])
+def test_networks_called_one_by_one_in_pieces_leave_their_inputs_alone(model, pixels):
+    image = formula_image(0, 19, 23)
+    with torch.no_grad():
+        wanted = model.encoder(image)
+        out, reduced = model.decoder(image, *wanted[:2])
+        with net.strips(pixels):
+            got = model.encoder(image)
+            again, reduced_again = model.decoder(image, *got[:2])
+        reconstructed = model.reconstruct(image)  # the context has ended
+    for a, b in zip((*got, again, reduced_again), (*wanted, out, reduced), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-6)  # float32 features of size 3
+    assert reconstructed.equal(out)
+
+
+def test_pieces_may_be_written_over_their_sources():
+    x = torch.randn(2, 3, 17, 23, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(3, 1, 5, 5)
+
+    def blur(x):
+        return torch.nn.functional.conv2d(x, weight, padding=2, groups=3)
+
+    wanted = blur(x)
+    for pixels in (1, 7, 30, 100, 400, 10_000):
+        mine = x.clone()
+        with net.strips(pixels):
+            got = net.strip_by_strip(blur, mine, halo=2, into=mine)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)  # sums of 25 floats
+        assert pixels >= 2 * 17 * 23 or got is mine
 
 
 def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
     torch.manual_seed(0)
     attention = net.FullAttention(16, 4).double()
+    norm = net.PixelNorm(16).double()
     x = torch.randn(1, 16, 6, 7, dtype=torch.float64)
     weights = list(attention.parameters())
-    got = torch.autograd.grad(attention(x).square().sum(), weights)
-    plain = net.attend(lambda x: attention.qkv2(attention.qkv1(x)), x, attention.scale, attention.proj.weight)
-    for a, b in zip(got, torch.autograd.grad(plain.square().sum(), weights), strict=True):
+    attended = attention(norm, x)
+    got = torch.autograd.grad(attended(x, attended.values).square().sum(), weights)
+
+    def two(x):
+        return attention.qkv2(attention.qkv1(norm(x)))
+
+    plain = net.attend(two, lambda x: two(x).chunk(3, dim=1)[2], x, attention.scale, attention.proj.weight)
+    for a, b in zip(got, torch.autograd.grad(plain(x).square().sum(), weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 

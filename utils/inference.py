@@ -1,8 +1,10 @@
-"""Two grey arrays -> one fused array: device, conversion between the two ranges, and normalisation."""
+"""Two grey arrays -> one fused array: device, memory, conversion between the two ranges, and normalisation."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,7 @@ from torch import Tensor
 
 import net
 from utils import InputError
-
-# A processor's cache holds the feature maps of about so many pixels; a GPU is kept busier by whole images.
-CPU_STRIP_PIXELS = 16384
+from utils.memory import BoundedWorkspace, Plan, format_size, free_memory, plan_memory, resident_memory
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,6 +50,14 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, kept)
 
 
+def give_back_freed_memory() -> None:
+    """Undoes what `keep_freed_memory` has kept so far, where memory is short."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
 def to_network(grey: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """Grey levels (H, W) in [0, 255] -> (1, 1, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(grey, dtype=np.float32) / np.float32(255)).to(device)[None, None]
@@ -69,11 +77,18 @@ def stretch(image: Tensor) -> Tensor:
     return torch.where(high > low, (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny), image)
 
 
-@torch.inference_mode()
 def fuse_arrays(
-    model: Any, vis: np.ndarray, ir: np.ndarray, skip: str, *, normalise: bool = True, precision: str = "float32"
+    model: Any,
+    vis: np.ndarray,
+    ir: np.ndarray,
+    skip: str,
+    *,
+    normalise: bool = True,
+    precision: str = "float32",
+    max_memory: int | None = None,
+    scratch: Path | None = None,
 ) -> np.ndarray:
-    """Fuses two grey images with a system of the zoo.
+    """Fuses two grey images with a system of the zoo. The result does not depend on the memory that it may take.
 
     Args:
         model: the system, in evaluation mode, on the device to use.
@@ -82,17 +97,71 @@ def fuse_arrays(
         skip: what the decoder is given; one of `model.skips`.
         normalise: stretch the result to the full range; without it, values beyond the range are clipped.
         precision: "float32", or "bfloat16" for autocast: faster and coarser.
+        max_memory: bytes; on a CPU of the whole process, on a GPU of the device's memory. None: what is free.
+        scratch: folder of the temporary files in which feature maps lie that do not fit; None: the system's.
 
     Returns:
         float32 (H, W) in [0, 255].
 
     Raises:
-        InputError: a side is shorter than `model.smallest_side`.
+        InputError: a side is shorter than `model.smallest_side`, the memory allowed is too small whatever is done,
+            or the disk has no room for feature maps.
     """
     if min(vis.shape) < model.smallest_side:
         raise InputError(f"{model.label} needs sides of at least {model.smallest_side} pixels, got {vis.shape}")
     device = next(model.parameters()).device
-    strips = net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0)
+    if max_memory and device.type == "cpu":
+        give_back_freed_memory()
+    free = memory_to_take(device, max_memory)
+    while True:
+        plan = plan_for(model, vis.shape, free, device, precision)
+        host_room = free_memory() // 2 if device.type != "cpu" else 0
+        workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
+        try:
+            return run_plan(model, vis, ir, skip, plan, workspace, normalise=normalise, precision=precision)
+        except torch.OutOfMemoryError:
+            free //= 2  # and again below, where the exception and all that its frames hold are gone
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory on {device}; trying again with {format_size(free)}", file=sys.stderr)
+
+
+def memory_to_take(device: torch.device, max_memory: int | None) -> int:
+    """Bytes that may be taken beyond what is taken already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free = (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) * 9 // 10
+        return min(free, max_memory - torch.cuda.memory_allocated(device)) if max_memory else free
+    return max_memory - resident_memory() if max_memory else free_memory() * 8 // 10
+
+
+def plan_for(model: Any, shape: tuple[int, ...], free: int, device: torch.device, precision: str) -> Plan:
+    height, width = shape
+    return plan_memory(
+        height,
+        width,
+        free=free,
+        kind=device.type,
+        element_size=PRECISIONS[precision].itemsize,
+        most_pixels=getattr(model, "piece_pixels", None),
+    )
+
+
+@torch.inference_mode()
+def run_plan(
+    model: Any,
+    vis: np.ndarray,
+    ir: np.ndarray,
+    skip: str,
+    plan: Plan,
+    workspace: net.Workspace,
+    *,
+    normalise: bool = True,
+    precision: str = "float32",
+) -> np.ndarray:
+    """`fuse_arrays` with a plan and a place for feature maps."""
+    device = next(model.parameters()).device
+    strips = net.strips(plan.pixels, workspace)
     with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
     return to_grey(stretch(fused) if normalise else fused.clamp(0, 1))

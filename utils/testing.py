@@ -12,7 +12,9 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from utils.images import (
 )
 from utils.inference import PRECISIONS, fuse_arrays, pick_device
 from utils.manifests import SHOWN, list_digest, pair_digest
+from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
 from utils.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 
@@ -123,6 +126,8 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
+    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
     add("--system", choices=list(systems), default="cddfuse", help="default: cddfuse")
     add("--debug", action="store_true", help="show tracebacks")
 
@@ -251,17 +256,24 @@ def load_method(path: Path, system: type, device: torch.device, skip: str | None
 
 
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
-    """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out."""
+    """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out.
+
+    Beside the network the next pair is read, and the last one written and scored, unless memory is short.
+    """
     images: dict[str, dict[str, float]] = {}
     digests: list[str] = []
     description = f"{test_set.name}, {method.weights.stem}"
-    for pair in tqdm(test_set.found.pairs, desc=description, unit="pair", disable=None):
+    most_waiting = 0 if args.max_memory else 1
+
+    def name_bad_pair(pair: Pair, error: Exception, fate: str) -> None:
+        if args.debug or getattr(error, "errno", None) in HOPELESS:
+            raise error
+        first_line = str(error).splitlines()[0]
+        tqdm.write(f"warning: {test_set.name}/{pair.name}: {first_line}; {fate}", file=sys.stderr)
+
+    def write_and_score(pair: Pair, vis: np.ndarray, ir: np.ndarray, fused: np.ndarray) -> None:
         fate = "left out"
         try:
-            vis, ir = pair.read()
-            fused = fuse_arrays(
-                method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision
-            )
             path = folder / f"{pair.name}.png"
             write_grey(path, fused, truncate=args.legacy_rounding)
             if args.colour:
@@ -269,11 +281,27 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             fate = "fused, but not scored"
             images[pair.name] = score(read_grey(path), ir, vis, args.protocol)
             digests.append(pair_digest(vis, ir))
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
-            if args.debug or getattr(error, "errno", None) in HOPELESS:
-                raise
-            first_line = str(error).splitlines()[0]
-            tqdm.write(f"warning: {test_set.name}/{pair.name}: {first_line}; {fate}", file=sys.stderr)
+        except (ValueError, OSError, RuntimeError) as error:
+            name_bad_pair(pair, error, fate)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        pairs = tqdm(test_set.found.pairs, desc=description, unit="pair", disable=None)
+        finishing: deque[Future[None]] = deque()
+        for pair, reading in read_ahead(pairs, reader, most_waiting):
+            try:
+                vis, ir = reading.result()
+                fused = fuse_arrays(
+                    method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision,
+                    max_memory=args.max_memory, scratch=args.scratch,
+                )  # fmt: skip
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+                name_bad_pair(pair, error, "left out")
+                continue
+            finishing.append(writer.submit(write_and_score, pair, vis, ir, fused))
+            while len(finishing) > most_waiting:
+                finishing.popleft().result()
+        for last in finishing:
+            last.result()
     return ScoreSheet(method.label, images, list_digest(digests))
 
 
@@ -281,6 +309,18 @@ def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
     sources = [image for image in (read_colour(pair.vis), read_colour(pair.ir)) if is_coloured(image)]
     if sources:
         write_colour(path, with_colour_of(fused, *sources))
+
+
+def read_ahead(
+    pairs: Iterable[Pair], reader: ThreadPoolExecutor, depth: int
+) -> Iterator[tuple[Pair, Future[tuple[np.ndarray, np.ndarray]]]]:
+    """Each pair with its images, `depth` of which are read before they are asked for."""
+    waiting: deque[tuple[Pair, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    for pair in pairs:
+        waiting.append((pair, reader.submit(pair.read)))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:
