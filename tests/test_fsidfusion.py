@@ -199,7 +199,7 @@ def test_a_batch_equals_its_images_one_by_one(model):
 @pytest.mark.parametrize("size", [(2, 9), (13, 7), (24, 31)])
 @pytest.mark.parametrize("pixels", [1, 60, 200, 10_000])
 def test_strips_of_any_height_give_the_result_of_the_whole_image(model, size, pixels):
-    vis, ir = batch_of_two(*size)
+    vis, ir, *_ = batch_of_two(*size)
     with torch.no_grad():
         wanted = model.fuse(vis, ir)
         with net.strips(pixels):
