@@ -349,7 +349,7 @@ def test_one_patch_a_batch_cannot_be_trained_and_the_class_says_so():
     two = one.each(lambda x: torch.cat([x, x.flip(3)]))
     assert losses(two)["total"].isfinite()
     with torch.no_grad():
-        assert model.eval().fuse(*one).isfinite().all()
+        assert model.eval().fuse(*one[:2]).isfinite().all()
 
 
 def test_tiny_training_run_reaches_the_end_of_both_stages_and_its_weights_load(tmp_path):

@@ -262,8 +262,11 @@ def test_whole_way_from_folders_to_a_table(infrared, tmp_path, capsys):
         == 0
     )
     base = ["--data", str(patches), "--out", str(out), "--device", "cpu", "--epoch-batches", "1", "--batch-size", "2"]
-    assert train.main([*base, "--stage1-epochs", "1", "--stage2-epochs", "1"]) == 0
-    assert train.main([*base, "--stage1-epochs", "1", "--stage2-epochs", "1", "--resume", "auto"]) == 0
+    assert train.main([*base, "--recipe", "published", "--stage1-epochs", "1", "--stage2-epochs", "1"]) == 0
+    assert (
+        train.main([*base, "--recipe", "published", "--stage1-epochs", "1", "--stage2-epochs", "1", "--resume", "auto"])
+        == 0
+    )
     code, printed, _ = run(
         test_IVF, capsys, "--data", infrared, "--weights", out / "CDDFuse_IVF.pth", "--out", tmp_path / "o"
     )
