@@ -74,7 +74,9 @@ def strips(pixels: int) -> Iterator[None]:
 def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
     """The strips of an image, as (first row, row after the last), of at least `fewest` rows but for the last one."""
     batch, _, height, width = x.shape
-    rows = max(fewest, _strip_pixels.get() // (batch * width)) if _strip_pixels.get() else height
+    if not _strip_pixels.get():
+        return [(0, height)]  # without arithmetic: torch.export calls this with a height that is not a number
+    rows = max(fewest, _strip_pixels.get() // (batch * width))
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
@@ -494,8 +496,9 @@ class CDDFuse(nn.Module):
     def decode_fused(self, vis: Tensor, ir: Tensor, base: Tensor, detail: Tensor, skip: str = "vis") -> Tensor:
         """The second half of `fuse`: features of vis and ir, stacked along the batch (2B, 64, H, W) -> fused."""
         image = decoder_image(vis, ir, skip)
-        base = self.base_fusion(torch.add(*base.chunk(2)))
-        detail = self.detail_fusion(torch.add(*detail.chunk(2)))
+        # Not chunk(2): in an export it fixes the batch, being a number of pieces that depends on a size.
+        base = self.base_fusion(torch.add(*base.unflatten(0, (2, -1))))
+        detail = self.detail_fusion(torch.add(*detail.unflatten(0, (2, -1))))
         return self.decoder(image, base, detail)[0]
 
 
