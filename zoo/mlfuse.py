@@ -271,12 +271,12 @@ class MLFuse(nn.Module):
     def fuse(self, img1: Tensor, img2: Tensor) -> Tensor:
         """The fused image of `forward` alone, (B, 1, H, W) in (-1, 1); the images of the branches are not kept."""
         pieces = self._strips(img1, img2)
-        piece = next(pieces)
-        if piece.fused.shape == img1.shape:
-            return piece.fused
+        first = next(pieces)
+        if first.fused.shape == img1.shape:
+            return first.fused
         fused, top = torch.empty_like(img1), 0
         # Filled, not collected: a small piece kept after each strip would cut up the memory that strips are made in.
-        for piece in itertools.chain([piece], pieces):
+        for piece in itertools.chain([first], pieces):
             fused[:, :, top : top + piece.fused.shape[2]] = piece.fused
             top += piece.fused.shape[2]
         return fused
