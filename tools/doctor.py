@@ -138,7 +138,7 @@ def check_gpu() -> Iterator[Finding]:
         if shutil.which("nvidia-smi") is None:
             yield Finding("ok", "gpu", f"none; the CPU is used, {torch.get_num_threads()} threads")
         elif torch.version.cuda is None:
-            yield Finding("FIX", "gpu", f"torch {torch.__version__} is a CPU build beside an NVIDIA driver; install the "
+            yield Finding("FIX", "gpu", f"torch {torch.__version__} is a CPU build beside an NVIDIA GPU; install the "
                           "CUDA build that https://pytorch.org names for this driver")  # fmt: skip
         else:
             yield Finding("FIX", "gpu", f"torch is built for CUDA {torch.version.cuda} but finds no GPU; does "
@@ -160,9 +160,7 @@ def check_gpu() -> Iterator[Finding]:
         if wrong:
             yield Finding("FIX", what, f"{name} multiplies two matrices wrongly; renew its driver, or use --device cpu")
         else:
-            yield Finding(
-                "ok", what, f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, CUDA {torch.version.cuda}"
-            )
+            yield Finding("ok", what, f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
 
 
 def fits(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
@@ -297,9 +295,7 @@ def check_data(folder: Path | None) -> Iterator[Finding]:
         else:
             yield Finding("FIX", str(path), f"{verdict}; tables of it are not comparable with published ones")
     if absent:
-        yield Finding(
-            "note", "data", f"not in {root}: {', '.join(absent)} (README, Data); needed for their tables only"
-        )
+        yield Finding("note", "data", f"not in {root}: {', '.join(absent)} (README, Data); only their tables need them")
 
 
 def check_memory() -> Iterator[Finding]:
