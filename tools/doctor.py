@@ -33,8 +33,10 @@ MODULES = {"opencv-python-headless": "cv2"}  # where a package and what is impor
 ANSWERS = "known_answers.json"
 PAIR = ("Sample_IVF", "underpass")
 GRID = 4  # the fused image is compared by the mean and the spread of so many by so many blocks
-# Grey levels. Processors, thread counts and torch versions differ by less than 0.001, wrong arithmetic by whole levels.
-TOLERANCE = 0.05
+# Grey levels. On a CPU 0.0001 was measured with one thread and two, in strips and whole, without oneDNN, and without
+# vector instructions; wrong weights or arithmetic differ by whole levels. CUDA convolves in TF32 by default, with 10
+# bits after the point; how far that moves the answer has not been measured.
+TOLERANCES = {"cpu": 0.05, "cuda": 1.0}
 ENOUGH_MEMORY_GB = 2.0
 ENOUGH_DISK_GB = 1.0
 DATA_VARIABLE = "FUSION_DATA"
@@ -229,7 +231,7 @@ def check_answers() -> Iterator[Finding]:
             what = f"known answer of {name}, {device}"
             blocks = answer(path, device)
             difference = max(abs(a - b) for a, b in zip(blocks, known["blocks"], strict=True))
-            if difference <= TOLERANCE:  # also false for NaN
+            if difference <= TOLERANCES[device.partition(":")[0]]:  # also false for NaN
                 yield Finding("ok", what, f"{'/'.join(PAIR)} within {difference:.4f} grey levels of the record")
             else:
                 yield Finding("FIX", what, f"{'/'.join(PAIR)} is {difference:.3g} grey levels from the record; install "
