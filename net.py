@@ -108,7 +108,9 @@ def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
     """
     batch, _, height, width = x.shape
     pixels = _setting.get().pixels
-    rows = max(fewest, pixels // (batch * width)) if pixels else height
+    if not pixels:
+        return [(0, height)]  # without arithmetic: torch.export calls this with a height that is not a number
+    rows = max(fewest, pixels // (batch * width))
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
@@ -599,10 +601,10 @@ class Restormer_Encoder(ShallowEncoder):
         """
 
         def sums(base: Tensor, detail: Tensor) -> Tensor:
-            return torch.cat([torch.add(*base.chunk(2)), torch.add(*detail.chunk(2))])
+            return torch.cat([_sum_of_both(base), _sum_of_both(detail)])
 
         parts = self.baseFeature.prepare(shallow), self.detailFeature.prepare(shallow)
-        return side_by_side(sums, *parts, into=shallow).chunk(2)
+        return side_by_side(sums, *parts, into=shallow).unflatten(0, (2, -1)).unbind(0)
 
 
 class Restormer_Decoder(nn.Module):
@@ -699,7 +701,7 @@ class CDDFuse(nn.Module):
     def decode_fused(self, vis: Tensor, ir: Tensor, base: Tensor, detail: Tensor, skip: str = "vis") -> Tensor:
         """The second half of `fuse`: features of vis and ir, stacked along the batch (2B, 64, H, W) -> fused."""
         image = decoder_image(vis, ir, skip)
-        return self._decode(image, torch.add(*base.chunk(2)), torch.add(*detail.chunk(2)))
+        return self._decode(image, _sum_of_both(base), _sum_of_both(detail))
 
     def _decode(self, image: Tensor | None, base: Tensor, detail: Tensor) -> Tensor:
         """Image or None, base and detail features summed over the modalities (written over in strips) -> fused."""
@@ -708,6 +710,12 @@ class CDDFuse(nn.Module):
         reduced = side_by_side(self.decoder.reduce, *parts, into=base)
         del parts, base, detail  # attention values among them
         return self.decoder.decode(image, reduced, into=reduced)
+
+
+def _sum_of_both(features: Tensor) -> Tensor:
+    """The sum over the modalities, which are stacked along the batch: (2B, C, H, W) -> (B, C, H, W)."""
+    # Not chunk(2): in an export it fixes the batch, being a number of pieces that depends on a size.
+    return torch.add(*features.unflatten(0, (2, -1)))
 
 
 def check_sources(vis: Tensor, ir: Tensor) -> None:

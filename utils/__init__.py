@@ -34,6 +34,8 @@ def run_script(body: Callable[[argparse.Namespace], int], args: argparse.Namespa
     Args:
         body: takes the parsed arguments and returns the exit code.
         args: parsed arguments; with `debug` set, errors keep their traceback.
+
+    Any other exception is passed on with a note: it is a fault of the program or of what is installed.
     """
     try:
         return body(args)
@@ -45,6 +47,9 @@ def run_script(body: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except KeyboardInterrupt:
         print("\ninterrupted; files already written are whole", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        error.add_note("not your input's fault: `python -m tools.doctor` checks this machine; report both outputs")
+        raise
 
 
 @contextlib.contextmanager

@@ -1,19 +1,28 @@
-"""Two grey arrays -> one fused array: device, memory, conversion between the two ranges, and normalisation."""
+"""Two grey arrays -> one fused array: weights, device, memory, conversion between the two ranges, and normalisation."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import net
-from utils import InputError
-from utils.memory import BoundedWorkspace, Plan, format_size, free_memory, plan_memory, resident_memory
+from utils import InputError, in_checkout
+from utils.memory import (
+    CPU_PIECE_PIXELS,
+    BoundedWorkspace,
+    Plan,
+    format_size,
+    free_memory,
+    plan_memory,
+    resident_memory,
+)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -165,3 +174,89 @@ def run_plan(
     with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
     return to_grey(stretch(fused) if normalise else fused.clamp(0, 1))
+
+
+def load_system(
+    system: type, weights: Path, fusing: str, skip: str | None, device: torch.device | str
+) -> tuple[Any, str]:
+    """A system with its weights, in evaluation mode, and what its decoder is to be given.
+
+    Args:
+        system: a class of the zoo.
+        weights: a file in the system's published format.
+        fusing: the task, "ivf" or "mif".
+        skip: one of `system.skips`, or None for the one that suits weights and task.
+        device: where to run.
+
+    Raises:
+        FileNotFoundError, InputError: as the system's `load_published`; or an unknown skip.
+    """
+    model = system().to(device).eval()
+    about = model.load_published(weights)
+    # Published files say nothing about themselves; their names do.
+    trained_for = about.get("task") or ("mif" if "MIF" in weights.stem.upper() else "ivf")
+    skip = skip or model.default_skip(trained_for, fusing)
+    if skip not in model.skips:
+        raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
+    return model, skip
+
+
+class Fuser(nn.Module):
+    """A system with everything decided: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused, the same.
+
+    Attributes:
+        system: the system of the zoo.
+        weights: the file it has its weights from.
+        skip: what its decoder is given.
+        stretched: whether each fused image is stretched to the full range, as the test scripts do, or clipped.
+    """
+
+    def __init__(self, system: nn.Module, weights: Path, skip: str, stretched: bool = True) -> None:
+        super().__init__()
+        self.system, self.weights, self.skip, self.stretched = system, weights, skip, stretched
+
+    def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
+        in_strips = vis.device.type == "cpu" and not self.training and not torch.compiler.is_exporting()
+        with net.strips(CPU_PIECE_PIXELS if in_strips else 0):
+            fused = self.system.fuse(vis, ir, self.skip)
+        return stretch(fused) if self.stretched else fused.clamp(0, 1)
+
+    def about(self) -> dict[str, Any]:
+        """What a file made of it should say of itself."""
+        sha256 = hashlib.sha256(self.weights.read_bytes()).hexdigest()
+        return {
+            "system": self.system.label, "weights": self.weights.name, "weights_sha256": sha256, "skip": self.skip,
+            "stretched": self.stretched,
+        }  # fmt: skip
+
+
+def load_fuser(
+    system: type,
+    task: str = "ivf",
+    weights: Path | str | None = None,
+    skip: str | None = None,
+    *,
+    stretched: bool = True,
+    device: torch.device | str = "cpu",
+) -> Fuser:
+    """A `Fuser` of a system, in evaluation mode.
+
+    Args:
+        system: a class of the zoo.
+        task: what will be fused, "ivf" or "mif".
+        weights: a file in the system's published format; by default the one in models/ for the task.
+        skip, stretched: see `Fuser`; by default the skip that suits weights and task.
+        device: where to run.
+
+    Raises:
+        FileNotFoundError, InputError: as `load_system`; no such task; or no weights of the system are bundled.
+    """
+    if task not in system.weights:
+        raise InputError(f"no task is called {task!r}; it is one of: {', '.join(system.weights)}")
+    bundled = system.weights[task]
+    if weights is None and not bundled:
+        raise InputError(f"no weights of {system.label} come with the project; name a file in its published format")
+    # The last of several is the one trained for the task.
+    path = in_checkout("models", bundled[-1]) if weights is None else Path(weights)
+    model, skip = load_system(system, path, task, skip, device)
+    return Fuser(model, path, skip, stretched).eval()

@@ -39,7 +39,7 @@ from utils.images import (
     write_colour,
     write_grey,
 )
-from utils.inference import PRECISIONS, fuse_arrays, pick_device
+from utils.inference import PRECISIONS, fuse_arrays, load_system, pick_device
 from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
@@ -244,13 +244,7 @@ def open_set(folder: Path) -> TestSet:
 
 
 def load_method(path: Path, system: type, device: torch.device, skip: str | None, benchmark: Benchmark) -> Method:
-    model = system().to(device).eval()
-    about = model.load_published(path)
-    # Published files say nothing about themselves; their names do.
-    trained_for = about.get("task") or ("mif" if "MIF" in path.stem.upper() else "ivf")
-    skip = skip or model.default_skip(trained_for, benchmark.task)
-    if skip not in model.skips:
-        raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
+    model, skip = load_system(system, path, benchmark.task, skip, device)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return Method(model, path, model.row_label(benchmark.task, path.stem), skip, sha256)
 

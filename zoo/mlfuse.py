@@ -24,6 +24,7 @@ of the pooled features: 16 x H/6 x W numbers after they were resized to W.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,14 +146,19 @@ class EdgeBranch(nn.Module):
         last = ((height - 3) // 2 + 1 - 7) // 3 + 1
         pieces = []
         for top, bottom in ranges:
+            if (top, bottom) == (0, height):
+                pieces.append(self._shrink(rows(top, bottom)))
+                break
             # Pooled row i is made of the rows 6i to 6i + 14; it belongs to the strip that holds the first of them.
             start, stop = min(-(-top // 6), last), min(-(-bottom // 6), last)
             if start < stop:
-                shrunk = self.conv2(self.conv1(rows(6 * start, 6 * stop + 9)))
-                pieces.append(F.max_pool2d(shrunk, 7, stride=3))
+                pieces.append(self._shrink(rows(6 * start, 6 * stop + 9)))
         x = F.relu(self.conv_max(torch.cat(pieces, dim=2)))
         x = self.conv3_(F.relu(self.conv3(x)))
         return F.interpolate(x, (x.shape[2], width), mode="bilinear", align_corners=False)
+
+    def _shrink(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv2(self.conv1(x)), 7, stride=3)
 
     def forward(self, x: Tensor, pooled: Tensor, top: int, height: int) -> tuple[Tensor, Tensor]:
         shortcut = self.conv1(x)
@@ -215,8 +221,10 @@ class AttentionBranch(nn.Module):
         # linear and without bias, so it is the same, and one product an image instead of one a pixel.
         share = torch.stack(sums).softmax(dim=0)  # of each strip in the softmax over all pixels
         context = (share * torch.stack(pooled)).sum(dim=0)[:, :, None, None]  # (B, 32, 1, 1)
-        rows_of = context.new_tensor(sizes)[:, None, None]
-        mean = ((rows_of / rows_of.sum()) * torch.stack(means)).sum(dim=0)[:, :, None, None]
+        mean = means[0][:, :, None, None]
+        if len(means) > 1:
+            rows_of = context.new_tensor(sizes)[:, None, None]
+            mean = ((rows_of / rows_of.sum()) * torch.stack(means)).sum(dim=0)[:, :, None, None]
         gate = torch.sigmoid(self.conv_up(self.conv_v_right(context)))
         query = F.conv_transpose2d(self.conv_q_left(mean), self.conv_v_left.weight)
         logits = [self._logits(rows(top, bottom), query).logsumexp(dim=(2, 3), keepdim=True) for top, bottom in ranges]
@@ -262,9 +270,13 @@ class MLFuse(nn.Module):
 
     def fuse(self, img1: Tensor, img2: Tensor) -> Tensor:
         """The fused image of `forward` alone, (B, 1, H, W) in (-1, 1); the images of the branches are not kept."""
+        pieces = self._strips(img1, img2)
+        first = next(pieces)
+        if first.fused.shape == img1.shape:
+            return first.fused
         fused, top = torch.empty_like(img1), 0
         # Filled, not collected: a small piece kept after each strip would cut up the memory that strips are made in.
-        for piece in self._strips(img1, img2):
+        for piece in itertools.chain([first], pieces):
             fused[:, :, top : top + piece.fused.shape[2]] = piece.fused
             top += piece.fused.shape[2]
         return fused
@@ -283,7 +295,9 @@ class MLFuse(nn.Module):
         context = self.ssd_net.gather(salient_rows, ranges)
         halo = BRANCH_HALO + MERGE_HALO
         for top, bottom in ranges:
-            first, last = max(top - halo, 0), min(bottom + halo, height)
+            # A whole image takes no arithmetic: torch.export calls this with a height that is not a number.
+            whole = (top, bottom) == (0, height)
+            first, last = (top, bottom) if whole else (max(top - halo, 0), min(bottom + halo, height))
             edge_features, edge = self.edg_net(edge_rows(first, last), pooled, first, height)
             cross_features, cross = self.cmk_net(*(rows(first, last) for rows in cross_rows))
             attention_features, attention = self.ssd_net(salient_rows(first, last), context)

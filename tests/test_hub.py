@@ -1,0 +1,74 @@
+"""hubconf.py through torch.hub, in a process of its own, as somebody else's code would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hubconf
+from utils import ROOT, InputError
+from zoo import SYSTEMS, find_system
+
+
+def elsewhere(code, folder):
+    environment = {**os.environ, "TORCH_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", f"import torch\nrepo = {str(ROOT)!r}\n{code}"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_models_are_loaded_by_name_from_any_folder(tmp_path):
+    code = """
+model = torch.hub.load(repo, "cddfuse", source="local", task="mif", stretched=False)
+with torch.no_grad():
+    fused = model(torch.rand(2, 1, 20, 24), torch.rand(2, 1, 20, 24))
+print(type(model).__name__, model.weights.name, model.skip, model.training, tuple(fused.shape))
+"""
+    done = elsewhere(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Fuser CDDFuse_MIF.pth none False (2, 1, 20, 24)\n"
+
+
+def test_every_system_has_a_name_and_nothing_else_has_one():
+    # What torch.hub takes for models: everything that can be called and has a public name.
+    names = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
+    assert sorted(names) == sorted(SYSTEMS)
+
+
+def test_another_module_of_one_of_our_names_is_named(tmp_path):
+    (tmp_path / "utils.py").write_text("")
+    done = elsewhere('import utils\ntorch.hub.load(repo, "cddfuse", source="local")', tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'utils.py'} is imported already under the name utils" in done.stderr
+
+
+def test_published_files_are_loaded(tmp_path):
+    torch.manual_seed(2)
+    system = find_system("mlfuse")().eval()
+    system.save(tmp_path / "model_fuse.pth")
+    fuser = hubconf.mlfuse(tmp_path / "model_fuse.pth", task="mif")
+    vis, ir = torch.rand(2, 1, 1, 20, 24)
+    with torch.no_grad():
+        fused = system.fuse(vis, ir)
+        want = (fused - fused.min()) / (fused.max() - fused.min())
+        torch.testing.assert_close(fuser(vis, ir), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"task": "x"}, "no task is called 'x'"), ({"skip": "x"}, "unknown to CDDFuse"), ({"weights": "x.pth"}, "x.pth")],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises((InputError, FileNotFoundError), match=message):
+        hubconf.cddfuse(**arguments)
+
+
+def test_dependencies_are_those_of_the_requirements():
+    names = {"opencv-python-headless": "cv2"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = [line.replace("==", ">=").split(">=")[0] for line in lines if line and not line.startswith("#")]
+    assert sorted(names.get(package, package) for package in packages) == sorted(hubconf.dependencies)
