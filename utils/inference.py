@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,9 @@ def stretch(image: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def fuse_arrays(
-    model: Any, vis: np.ndarray, ir: np.ndarray, skip: str, *, normalise: bool = True, precision: str = "float32"
-) -> np.ndarray:
+    model: Any, vis: np.ndarray, ir: np.ndarray, skip: str, *,
+    normalise: bool | Callable[[Tensor], Tensor] = True, precision: str = "float32",
+) -> np.ndarray:  # fmt: skip
     """Fuses two grey images with a system of the zoo.
 
     Args:
@@ -80,7 +82,8 @@ def fuse_arrays(
         vis: visible or MRI, (H, W) in [0, 255].
         ir: infrared, CT, PET or SPECT, same shape.
         skip: what the decoder is given; one of `model.skips`.
-        normalise: stretch the result to the full range; without it, values beyond the range are clipped.
+        normalise: stretch the result to the full range; without it, values beyond the range are clipped. Or a
+            function of the system's image (1, 1, H, W) that does it in another way, such as `utils.video.RunningRange`.
         precision: "float32", or "bfloat16" for autocast: faster and coarser.
 
     Returns:
@@ -95,4 +98,6 @@ def fuse_arrays(
     strips = net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0)
     with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
+    if callable(normalise):
+        return to_grey(normalise(fused))
     return to_grey(stretch(fused) if normalise else fused.clamp(0, 1))
