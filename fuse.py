@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, listed, run_script, whole_file
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
-from utils.images import SUFFIXES, PairList, check_format, list_pairs, to_uint8, write_colour, write_grey
+from utils.images import DEEP_SUFFIXES, SUFFIXES, PairList, check_format, list_pairs, to_uint8, write_image
 from utils.inference import PRECISIONS, pick_device
 from utils.monitor import feature_maps, side_by_side
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
@@ -34,6 +34,7 @@ from utils.testing import HOPELESS, Benchmark, Method, load_method
 from utils.video import (
     DEFAULT_RATE,
     Flicker,
+    FrameFolder,
     RunningRange,
     SequencePair,
     VideoFile,
@@ -56,7 +57,11 @@ class Session:
 
     def register(self, vis: Source, ir: Source, name: str, check: bool = True) -> Source:
         """The infrared source on the pixels of the visible one; a pair that looks misaligned is remembered."""
+        homography, raw = self.registration.homography, ir
         ir = self.registration(vis, ir)
+        covered = 1.0 if homography is None or self.fused else coverage(raw.size, homography, vis.size)
+        if covered < 0.995:
+            tqdm.write(f"note: {raw.name} covers {covered:.0%} of the visible image; beyond it, its border is repeated")
         # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
         if check and self.args.task == "ivf" and not self.args.no_check:
             shift = edge_shift(vis.grey, ir.grey)
@@ -76,14 +81,11 @@ class Session:
             normalise=not args.no_stretch if normalise is None else normalise,
         )
 
-    def write(self, path: Path, image: np.ndarray, bits: int | None = None) -> None:
-        (write_grey if image.ndim == 2 else write_colour)(path, image, bits=bits or self.args.bits)
-
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
         """Visible, infrared, the system's features where it shows some, fused."""
         maps = feature_maps(self.method.model, vis.grey, ir.grey)
         panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps, to_uint8(fused)])
-        self.write(path, panel.astype(np.float32), bits=8)
+        write_image(path, panel)
 
     def say_what_was_seen(self) -> None:
         if not self.misaligned:
@@ -164,14 +166,13 @@ def fuse(args: argparse.Namespace) -> int:
     if kinds[0] != kinds[1]:
         raise InputError(f"{args.ir} is {kinds[0]} but {args.vi} is {kinds[1]}; --ir and --vi must be of one kind")
     kind, to_video = kinds[0], is_video(args.out)
-    if to_video:
-        check_video_name(args.out)
     moving = kind == "a video" or args.sequence or to_video
-    check_options(args, kind, to_video)
+    check_options(args, kind, to_video, moving)
     registration = Registration(args.resize_ir, read_homography(args.homography) if args.homography else None)
     found = open_folders(args) if kind == "a folder" else None
     if kind == "an image":
-        target = args.out if is_image_name(args.out) else args.out / name_in_folder(args.vi, args)
+        names_file = args.out.suffix and not args.out.is_dir()
+        target = args.out if names_file else args.out / name_in_folder(args.vi, args)
         refuse_sources(target, args)
         check_format(target, args.bits)
     session = Session(open_method(args), args, registration)
@@ -189,15 +190,19 @@ def kind_of(path: Path) -> str:
     return "a video" if is_video(path) else "an image"
 
 
-def check_options(args: argparse.Namespace, kind: str, to_video: bool) -> None:
+def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: bool) -> None:
     if to_video and kind == "an image":
         raise InputError(f"{args.out} is a video but {args.vi} is an image; name an image")
+    if to_video or (kind == "a video" and args.out.suffix and not args.out.is_dir()):
+        check_video_name(args.out)
     if to_video and args.bits == 16:
         raise InputError("videos have 8 bits; for 16 name a folder with --out, and images are written there")
     if kind != "an image" and is_image_name(args.out):
         raise InputError(f"{args.out} is one image but {args.vi} is {kind}; name a folder with --out")
     if (args.list or args.annotations or args.sequence) and kind != "a folder":
         raise InputError("--list, --annotations and --sequence are for folders")
+    if args.list and moving:
+        raise InputError("--list is for folders of single pairs, not for the frames of one scene")
     if args.annotations and not args.list:
         raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
     if args.fps is not None and not 0 < args.fps < 1000:
@@ -213,7 +218,11 @@ def is_image_name(path: Path) -> bool:
 
 
 def name_in_folder(vis: Path, args: argparse.Namespace) -> str:
-    return vis.stem + args.suffix if args.suffix else vis.name
+    """Annotations name images with their suffix, so that is kept, too, unless it is asked for another one."""
+    name = vis.stem + args.suffix if args.suffix else vis.name
+    if args.bits == 16 and Path(name).suffix.lower() not in DEEP_SUFFIXES:
+        raise InputError(f"{name} cannot hold 16 bits; add --suffix .png")
+    return name
 
 
 def refuse_sources(target: Path, args: argparse.Namespace) -> None:
@@ -238,23 +247,12 @@ def open_method(args: argparse.Namespace) -> Method:
     return load_method(path, system, device, args.skip, Benchmark(task=args.task, sets=(), samples=()))
 
 
-def note_coverage(session: Session, vis: Source, ir: Source) -> None:
-    homography = session.registration.homography
-    share = 1.0 if homography is None else coverage(ir.size, homography, vis.size)
-    if share < 0.995:
-        print(
-            f"note: the infrared image covers {share:.0%} of the visible one; beyond it, its border is repeated",
-            file=sys.stderr,
-        )
-
-
 def fuse_pair(session: Session, target: Path) -> int:
     args = session.args
-    vis, raw = read_source(args.vi), read_source(args.ir)
-    ir = session.register(vis, raw, target.name)
-    note_coverage(session, vis, raw)
+    vis = read_source(args.vi)
+    ir = session.register(vis, read_source(args.ir), target.name)
     fused = session.fuse(vis, ir)
-    session.write(target, fused)
+    write_image(target, fused, args.bits)
     print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {'grey' if fused.ndim == 2 else 'colour'}, {args.bits} bits")
     if args.panel:
         session.write_panel(panel_beside(target), vis, ir, fused)
@@ -273,13 +271,11 @@ def fuse_folder(session: Session, found: PairList) -> int:
         for pair in tqdm(found.pairs, desc=str(args.out), unit="pair", disable=None):
             try:
                 target = args.out / name_in_folder(pair.vis, args)
-                check_format(target, args.bits)
-                vis, raw = read_source(pair.vis), read_source(pair.ir)
-                ir = session.register(vis, raw, pair.name)
-                if not done:
-                    note_coverage(session, vis, raw)
+                vis = read_source(pair.vis)
+                ir = session.register(vis, read_source(pair.ir), pair.name)
                 fused = session.fuse(vis, ir)
-                session.write(target, fused)
+                write_image(target, fused, args.bits)
+                session.fused += 1
                 if args.panel:
                     session.write_panel(args.out / "panels" / f"{pair.name}.png", vis, ir, fused)
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
@@ -329,7 +325,11 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
     rate = args.fps or frames.rate or DEFAULT_RATE
     names = {pair.name: name_in_folder(pair.vis, args) for pair in found.pairs} if found else {}
     started = time.perf_counter()
-    with VideoFile(args.out, rate) if is_video(args.out) else FrameFolder(session, names) as sink:
+    with (
+        VideoFile(args.out, rate)
+        if is_video(args.out)
+        else FrameFolder(args.out, names, args.suffix, args.bits) as sink
+    ):
         bad = fuse_frames(session, frames, rate, sink)
     elapsed_s = time.perf_counter() - started
     print(f"{args.out}: {sink.written} {sink.what}, in {elapsed_s:.1f} s ({sink.written / elapsed_s:.2f} a second)")
@@ -347,10 +347,8 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
     steady, flicker = RunningRange(args.smooth * rate), Flicker()
     for name, load in tqdm(frames, desc=str(args.out), unit="frame", total=frames.count, disable=None):
         try:
-            vis, raw = load()
-            ir = session.register(vis, raw, name, check=not session.fused)
-            if not session.fused:
-                note_coverage(session, vis, raw)
+            vis, ir = load()
+            ir = session.register(vis, ir, name, check=not session.fused)
             fused = session.fuse(vis, ir, False if args.no_stretch else steady)
             sink.write(fused, name)
         except (ValueError, OSError, RuntimeError) as error:
@@ -372,30 +370,6 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
         alone = "" if args.no_stretch else f"; {figures['alone']:.2f} if each frame were stretched alone"
         print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{alone}")
     return bad
-
-
-class FrameFolder:
-    """Writes frames as images: under the visible names, or numbered where they come from videos."""
-
-    what = "images"
-
-    def __init__(self, session: Session, names: dict[str, str]) -> None:
-        self.session, self.names, self.written = session, names, 0
-        check_writable(session.args.out)
-
-    def __enter__(self) -> FrameFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, image: np.ndarray, name: str) -> None:
-        args = self.session.args
-        self.session.write(args.out / self.names.get(name, name + (args.suffix or ".png")), image)
-        self.written += 1
-
-    def stand_in(self) -> str:
-        return "left out"
 
 
 def mean_level(image: np.ndarray) -> float:

@@ -16,8 +16,9 @@ TOLERANCE = 2.0  # pixels
 FARTHEST = 16  # pixels; edges farther apart are not looked for
 _LOOKED_AT = 1024  # pixels a side, from the middle of larger images
 _SMALLEST = 32
-# On benchmark pairs (tests/test_alignment.py) a peak below these is as often chance as a shift.
-_CLEAR_PEAK, _CLEAR_GAIN = 0.1, 0.02
+# A peak below these says nothing. Edges are alike over some pixels, so that an image of N pixels has about N / 36
+# independent ones, and the correlation of unrelated images spreads by the root of its inverse.
+_CLEAR_PEAK, _CLEAR_GAIN, _SPREADS, _ALIKE = 0.1, 0.02, 4.0, 36.0
 
 
 class Shift(NamedTuple):
@@ -27,12 +28,14 @@ class Shift(NamedTuple):
         down, right: pixels; moving the second image by their opposites aligns the pair.
         correlation: of the edges at that shift, in [-1, 1].
         unshifted: the same without a shift.
+        clear: the correlation from which on a shift is taken for one, not for chance; higher for small images.
     """
 
     down: int
     right: int
     correlation: float
     unshifted: float
+    clear: float
 
     @property
     def pixels(self) -> float:
@@ -41,7 +44,7 @@ class Shift(NamedTuple):
     @property
     def misaligned(self) -> bool:
         """Whether the pair looks misaligned by more than `TOLERANCE`: a clear peak, inside the searched range."""
-        clear = self.correlation >= _CLEAR_PEAK and self.correlation - self.unshifted >= _CLEAR_GAIN
+        clear = self.correlation >= self.clear and self.correlation - self.unshifted >= _CLEAR_GAIN
         return clear and self.pixels > TOLERANCE and max(abs(self.down), abs(self.right)) < FARTHEST
 
     def __str__(self) -> str:
@@ -83,7 +86,8 @@ def edge_shift(vis: np.ndarray, ir: np.ndarray) -> Shift | None:
     correlation = np.fft.irfft2(spectrum, padded)[np.ix_(shifts, shifts)] / scale
     down, right = np.unravel_index(correlation.argmax(), correlation.shape)
     peak, unshifted = correlation[down, right], correlation[farthest, farthest]
-    return Shift(int(shifts[down]), int(shifts[right]), float(peak), float(unshifted))
+    clear = max(_CLEAR_PEAK, _SPREADS * math.sqrt(_ALIKE / first.size))
+    return Shift(int(shifts[down]), int(shifts[right]), float(peak), float(unshifted), clear)
 
 
 def _edges(image: np.ndarray) -> np.ndarray:

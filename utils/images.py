@@ -154,6 +154,11 @@ def write_colour(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
     _write(path, to_uint16(image[..., ::-1]) if bits == 16 else to_uint8(image[..., ::-1]))
 
 
+def write_image(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
+    """`write_grey` for (H, W), `write_colour` for everything else."""
+    (write_grey if image.ndim == 2 else write_colour)(path, image, bits=bits)
+
+
 def check_format(path: Path, bits: int = 8) -> None:
     """Whether a file of that name can be written with so many bits.
 

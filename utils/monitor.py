@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import net
 from utils import whole_file
 from utils.images import to_uint8
-from utils.inference import PRECISIONS, fuse_arrays, to_network
+from utils.inference import CPU_STRIP_PIXELS, PRECISIONS, fuse_arrays, to_network
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
 from utils.saliency import visual_saliency
@@ -89,7 +90,9 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray
     if not hasattr(model, "features"):
         return []
     device = next(model.parameters()).device
-    return [_stretched(maps) for maps in model.features(to_network(vis, device), to_network(ir, device)).values()]
+    with net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0):
+        maps = model.features(to_network(vis, device), to_network(ir, device))
+    return [_stretched(value) for value in maps.values()]
 
 
 def write_panel(path: Path, panel: np.ndarray) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import InputError
-from utils.images import PairList, to_uint8
+from utils import InputError, check_writable
+from utils.images import PairList, to_uint8, write_image
 from utils.pairs import Source, frame_source, read_source
 
 SUFFIXES = frozenset(".avi .mp4 .mkv .mov .m4v .mpg .mpeg .webm .wmv .ts".split())
@@ -59,6 +59,8 @@ class VideoPair:
         captures = [_open(path) for path in self.paths]
         counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in captures]
         rates = [float(capture.get(cv2.CAP_PROP_FPS)) for capture in captures]
+        for capture in captures:
+            capture.release()
         self.count = min(counts) if min(counts) > 0 else None
         self.rate = rates[0] if 0 < rates[0] < 1000 else None
         if min(rates) > 0 and abs(rates[0] - rates[1]) > 0.01 * max(rates):
@@ -208,6 +210,37 @@ class VideoFile:
         if kept < self.written:
             raise OSError(f"{self.partial}: only {kept} of {self.written} frames were written; is the disk full?")
         os.replace(self.partial, self.path)
+
+
+class FrameFolder:
+    """Writes frames as images into a folder, with the verbs of `VideoFile`.
+
+    Args:
+        folder: is made.
+        names: frame -> file name; a frame without one is called by its own name, in `suffix`.
+        suffix: the format of those; ".png" if None.
+        bits: 8 or 16.
+    """
+
+    what = "images"
+
+    def __init__(self, folder: Path, names: dict[str, str], suffix: str | None = None, bits: int = 8) -> None:
+        check_writable(folder)
+        self.folder, self.names, self.suffix, self.bits = folder, names, suffix or ".png", bits
+        self.written = 0
+
+    def __enter__(self) -> FrameFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass  # each file is whole already
+
+    def write(self, image: np.ndarray, name: str) -> None:
+        write_image(self.folder / self.names.get(name, name + self.suffix), image, self.bits)
+        self.written += 1
+
+    def stand_in(self) -> str:
+        return "left out"
 
 
 def check_video_name(path: Path) -> None:
