@@ -176,12 +176,10 @@ def fuse(args: argparse.Namespace) -> int:
         refuse_sources(target, args)
         check_format(target, args.bits)
     session = Session(open_method(args), args, registration)
-    if moving:
-        with sigterm_as_ctrl_c():
+    with sigterm_as_ctrl_c():
+        if moving:
             return fuse_moving(session, found)
-    if found:
-        return fuse_folder(session, found)
-    return fuse_pair(session, target)
+        return fuse_folder(session, found) if found else fuse_pair(session, target)
 
 
 def kind_of(path: Path) -> str:
@@ -382,7 +380,7 @@ def panel_beside(target: Path) -> Path:
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """What a cluster sends ends a run as Ctrl-C does: a video is closed so that it can be played."""
+    """What a cluster sends ends a run as Ctrl-C does: videos are closed so that they play, lists are written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

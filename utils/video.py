@@ -25,8 +25,9 @@ from utils.pairs import Source, frame_source, read_source
 
 SUFFIXES = frozenset(".avi .mp4 .mkv .mov .m4v .mpg .mpeg .webm .wmv .ts".split())
 
-# What OpenCV's wheels write without further software. An .mp4 has its index at the end: a run that is killed, not
-# interrupted, leaves one that no player opens; the other two are played as far as they got.
+# What OpenCV's wheels write without further software. Of a run that is killed (SIGKILL, power), not interrupted, an
+# .avi and an .mkv play as far as they have reached the disk, which lags behind by up to some megabytes; an .mp4 has its
+# index at the end, and does not play at all.
 CODECS = {".avi": "MJPG", ".mkv": "FFV1", ".mp4": "mp4v"}  # FFV1 is lossless
 
 DEFAULT_RATE = 25.0
