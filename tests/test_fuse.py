@@ -12,7 +12,7 @@ import pytest
 import fuse
 from tests.conftest import write_pair
 from utils import in_checkout
-from utils.images import chroma, read_colour, read_grey, write_colour, write_grey
+from utils.images import chroma, read_colour, read_grey, write_colour, write_grey, write_image
 from utils.inference import fuse_arrays
 from utils.video import VideoFile, VideoPair
 from zoo.cddfuse import CDDFuseSystem
@@ -142,6 +142,18 @@ def test_a_bad_pair_is_named_and_left_out_and_the_rest_is_done(data, tmp_path, c
     assert code == 2 and "1 of 2 pairs" in out and "out/a: " in err and "left out" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
     assert [entry["name"] for entry in json.loads((tmp_path / "pairs.json").read_text())["pairs"]] == ["b"]
+
+
+def test_a_folder_run_that_is_ended_lists_what_it_has_done(data, tmp_path, capsys, monkeypatch):
+    def ended(path, *rest):
+        if path.stem == "b":
+            signal.raise_signal(signal.SIGTERM)
+        write_image(path, *rest)
+
+    monkeypatch.setattr(fuse, "write_image", ended)
+    code, _, _ = run(capsys, data / "ir", data / "vi", tmp_path / "out", "--list", tmp_path / "pairs.json")
+    assert code == 130
+    assert [entry["name"] for entry in json.loads((tmp_path / "pairs.json").read_text())["pairs"]] == ["a"]
 
 
 def test_sizes_that_differ_are_stated_with_the_options_that_help(data, tmp_path, capsys):
