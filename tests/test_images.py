@@ -24,6 +24,7 @@ from utils.images import (
     with_colour_of,
     write_colour,
     write_grey,
+    write_image,
 )
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)  # BGR
@@ -285,3 +286,22 @@ def test_stems_with_digits_and_dots_are_taken_literally(tmp_path):
 def test_flat_folders_without_clear_pairs_are_refused(tmp_path, names, stems, message):
     with pytest.raises(InputError, match=message):
         list_flat_pairs(flat_folder(tmp_path, *names), *stems)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_written_and_read_back_to_half_a_step(suffix, tmp_path):
+    image = np.random.default_rng(0).uniform(0, 255, (9, 11, 3)).astype(np.float32)
+    image[0, 0], image[0, 1] = 300, -5  # clipped
+    path = tmp_path / f"image{suffix}"
+    write_image(path, image, bits=16)
+    np.testing.assert_allclose(read_colour(path), np.clip(image, 0, 255), atol=0.5 / 257 + 1e-4)
+    write_image(path, image[..., 0], bits=16)
+    np.testing.assert_allclose(read_grey(path), np.clip(image[..., 0], 0, 255), atol=0.5 / 257 + 1e-4)
+
+
+def test_a_format_without_sixteen_bits_and_nan_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no 16 bits"):
+        write_image(tmp_path / "image.jpg", np.zeros((4, 4)), bits=16)
+    with pytest.raises(InputError, match="NaN"):
+        write_image(tmp_path / "image.png", np.full((4, 4), np.nan), bits=16)
+    assert not list(tmp_path.iterdir())

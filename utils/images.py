@@ -16,6 +16,7 @@ import numpy as np
 from utils import InputError, listed, whole_file
 
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm".split())
+DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
 
 # Sub-folders of a data set, (visible or MRI, infrared or CT/PET/SPECT), in the order they are looked for.
 MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"), ("img1", "img2"))
@@ -61,9 +62,18 @@ def read_colour(path: Path | str) -> np.ndarray:
     return bgr[..., ::-1].astype(np.float32) * scale
 
 
+def grey_of_frame(bgr: np.ndarray) -> np.ndarray:
+    """Grey levels of a decoded 8-bit image, (H, W, 3) blue first, by the rule of `read_grey`: float32 (H, W)."""
+    return np.round(_luma(bgr))
+
+
+def _luma(bgr: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
+
+
 def _read_luma(path: Path) -> tuple[np.ndarray, int]:
     bgr = _decode(path)
-    luma = cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
+    luma = _luma(bgr)
     if bgr.dtype == np.uint16:
         return luma * np.float32(255 / 65535), 16
     return luma, 8
@@ -93,43 +103,75 @@ def to_uint8(image: np.ndarray, truncate: bool = False) -> np.ndarray:
     Raises:
         InputError: a pixel is not finite: NaN would silently become 0.
     """
-    if not np.isfinite(image).all():
-        raise InputError(f"an image of shape {image.shape} holds NaN or infinite pixels; it was not written")
+    _check_finite(image)
     return np.clip(np.floor(image if truncate else image + 0.5), 0, 255).astype(np.uint8)
 
 
-def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False) -> None:
-    """Writes (H, W) grey levels as an 8-bit file, rounded half up and clipped, whole or not at all.
+def to_uint16(image: np.ndarray) -> np.ndarray:
+    """Levels in [0, 255] -> 0..65535, 257 a level, rounded half up and clipped: what `read_grey` undoes.
+
+    Raises:
+        InputError: a pixel is not finite.
+    """
+    _check_finite(image)
+    return np.clip(np.floor(image * np.float64(257) + 0.5), 0, 65535).astype(np.uint16)
+
+
+def _check_finite(image: np.ndarray) -> None:
+    if not np.isfinite(image).all():
+        raise InputError(f"an image of shape {image.shape} holds NaN or infinite pixels; it was not written")
+
+
+def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
+    """Writes (H, W) grey levels as a file of 8 or 16 bits, rounded half up and clipped, whole or not at all.
 
     Args:
         path: target; the suffix chooses the format. Folders are made.
         image: (H, W) in [0, 255].
-        truncate: round down; see `to_uint8`.
+        truncate: round down to 8 bits; see `to_uint8`.
+        bits: 8, or 16 for PNG and TIFF.
 
     Raises:
-        InputError: the array is not (H, W), holds NaN, or the format is unknown.
+        InputError: the array is not (H, W), holds NaN, or the format is unknown or has no 16 bits.
     """
     path = Path(path)
     if image.ndim != 2:
         raise InputError(f"{path}: a grey image must be (H, W), got {image.shape}")
-    _write(path, to_uint8(image, truncate))
+    check_format(path, bits)
+    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
 
 
-def write_colour(path: Path | str, image: np.ndarray) -> None:
-    """Writes (H, W, 3) colours, red first, as an 8-bit file, rounded half up and clipped, whole or not at all.
+def write_colour(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
+    """Writes (H, W, 3) colours, red first, as 8 or 16 bits, rounded half up and clipped, whole or not at all.
 
     Raises:
-        InputError: the array is not (H, W, 3), holds NaN, or the format is unknown.
+        InputError: the array is not (H, W, 3), holds NaN, or the format is unknown or has no 16 bits.
     """
     path = Path(path)
     if image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"{path}: a colour image must be (H, W, 3), got {image.shape}")
-    _write(path, to_uint8(image[..., ::-1]))
+    check_format(path, bits)
+    _write(path, to_uint16(image[..., ::-1]) if bits == 16 else to_uint8(image[..., ::-1]))
+
+
+def write_image(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
+    """`write_grey` for (H, W), `write_colour` for everything else."""
+    (write_grey if image.ndim == 2 else write_colour)(path, image, bits=bits)
+
+
+def check_format(path: Path, bits: int = 8) -> None:
+    """Whether a file of that name can be written with so many bits.
+
+    Raises:
+        InputError: it cannot; the formats that can are named.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(SUFFIXES))}")
+    if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
+        raise InputError(f"{path}: this format has no 16 bits; use one of {' '.join(sorted(DEEP_SUFFIXES))}")
 
 
 def _write(path: Path, pixels: np.ndarray) -> None:
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(SUFFIXES))}")
     encoded = cv2.imencode(path.suffix, pixels)[1]
     with whole_file(path) as temporary:
         encoded.tofile(temporary)

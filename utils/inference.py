@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def fuse_arrays(
     ir: np.ndarray,
     skip: str,
     *,
-    normalise: bool = True,
+    normalise: bool | Callable[[Tensor], Tensor] = True,
     precision: str = "float32",
     max_memory: int | None = None,
     scratch: Path | None = None,
@@ -104,7 +105,8 @@ def fuse_arrays(
         vis: visible or MRI, (H, W) in [0, 255].
         ir: infrared, CT, PET or SPECT, same shape.
         skip: what the decoder is given; one of `model.skips`.
-        normalise: stretch the result to the full range; without it, values beyond the range are clipped.
+        normalise: stretch the result to the full range; without it, values beyond the range are clipped. Or a
+            function of the system's image (1, 1, H, W) that does it in another way, such as `utils.video.RunningRange`.
         precision: "float32", or "bfloat16" for autocast: faster and coarser.
         max_memory: bytes; on a CPU of the whole process, on a GPU of the device's memory. None: what is free.
         scratch: folder of the temporary files in which feature maps lie that do not fit; None: the system's.
@@ -165,7 +167,7 @@ def run_plan(
     plan: Plan,
     workspace: net.Workspace,
     *,
-    normalise: bool = True,
+    normalise: bool | Callable[[Tensor], Tensor] = True,
     precision: str = "float32",
 ) -> np.ndarray:
     """`fuse_arrays` with a plan and a place for feature maps."""
@@ -173,6 +175,8 @@ def run_plan(
     strips = net.strips(plan.pixels, workspace)
     with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
+    if callable(normalise):
+        return to_grey(normalise(fused))
     return to_grey(stretch(fused) if normalise else fused.clamp(0, 1))
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import net
 from utils import whole_file
 from utils.images import to_uint8
-from utils.inference import PRECISIONS, fuse_arrays, to_network
+from utils.inference import CPU_STRIP_PIXELS, PRECISIONS, fuse_arrays, to_network
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
 from utils.saliency import visual_saliency
@@ -61,22 +62,37 @@ def draw_panel(model: Any, task: str, pairs: Sequence[HeldOut], precision: str =
 
     Feature maps are the mean magnitude over channels, each stretched to the full range.
     """
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     skip = model.default_skip(task, task)
     rows = []
     for pair in pairs[:PANEL_PAIRS]:
-        shown = [pair.vis, pair.ir]
-        if hasattr(model, "features"):
-            maps = model.features(to_network(pair.vis, device), to_network(pair.ir, device))
-            shown += [_stretched(value) for value in maps.values()]
+        shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir)]
         shown.append(to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, precision=precision)))
-        rows.append(_side_by_side(shown))
+        rows.append(side_by_side(shown))
     model.train(training)
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, _GAP), (0, width - row.shape[1])), constant_values=255) for row in rows]
     return np.concatenate(rows)
+
+
+@torch.inference_mode()
+def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray]:
+    """What a system shows of its features of a pair, for a panel; nothing where it shows none.
+
+    Args:
+        model: the system, in evaluation mode.
+        vis, ir: grey levels (H, W) in [0, 255].
+
+    Returns:
+        uint8 (H, W) each: the mean magnitude over channels, stretched to the full range.
+    """
+    if not hasattr(model, "features"):
+        return []
+    device = next(model.parameters()).device
+    with net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0):
+        maps = model.features(to_network(vis, device), to_network(ir, device))
+    return [_stretched(value) for value in maps.values()]
 
 
 def write_panel(path: Path, panel: np.ndarray) -> None:
@@ -127,6 +143,9 @@ def _stretched(maps: Tensor) -> np.ndarray:
     return ((magnitude - low) / (high - low).clamp_min(1e-12) * 255).round().byte().cpu().numpy()
 
 
-def _side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
-    gap = np.full((images[0].shape[0], _GAP), 255, np.uint8)
+def side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one height in a row, with gaps of white: uint8 (H, W), or (H, W, 3) where one of them has colour."""
+    if any(image.ndim == 3 for image in images):
+        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
+    gap = np.full((images[0].shape[0], _GAP, *images[0].shape[2:]), 255, np.uint8)
     return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)

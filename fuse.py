@@ -1,0 +1,395 @@
+"""Fuses any pair of images, two folders, two videos or two image sequences: in colour, under the visible names.
+
+python fuse.py --ir ir.png --vi vi.png --out fused.png
+python fuse.py --ir data/ir --vi data/vi --out data/fused --list data/pairs.json      # names and sizes are kept
+python fuse.py --ir ir.mp4 --vi vi.mp4 --out fused.mkv                                # .mkv lossless, .avi, .mp4
+python fuse.py --ir frames/ir --vi frames/vi --out fused.avi --fps 25                 # image sequences
+python fuse.py --task mif --vi mri.png --ir pet.png --out fused.png                   # MRI and CT, PET or SPECT
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, listed, run_script, whole_file
+from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
+from utils.images import DEEP_SUFFIXES, SUFFIXES, PairList, check_format, list_pairs, to_uint8, write_image
+from utils.inference import PRECISIONS, pick_device
+from utils.monitor import feature_maps, side_by_side
+from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
+from utils.testing import HOPELESS, Benchmark, Method, load_method
+from utils.video import (
+    DEFAULT_RATE,
+    Flicker,
+    FrameFolder,
+    RunningRange,
+    SequencePair,
+    VideoFile,
+    VideoPair,
+    check_video_name,
+    is_video,
+)
+from zoo import SYSTEMS, TASKS, find_system
+
+
+@dataclass
+class Session:
+    """What one run does with every pair, and what it has found out on the way."""
+
+    method: Method
+    args: argparse.Namespace
+    registration: Registration
+    fused: int = 0
+    misaligned: dict[str, str] = field(default_factory=dict)
+
+    def register(self, vis: Source, ir: Source, name: str, check: bool = True) -> Source:
+        """The infrared source on the pixels of the visible one; a pair that looks misaligned is remembered."""
+        homography, raw = self.registration.homography, ir
+        ir = self.registration(vis, ir)
+        covered = 1.0 if homography is None or self.fused else coverage(raw.size, homography, vis.size)
+        if covered < 0.995:
+            tqdm.write(f"note: {raw.name} covers {covered:.0%} of the visible image; beyond it, its border is repeated")
+        # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
+        if check and self.args.task == "ivf" and not self.args.no_check:
+            shift = edge_shift(vis.grey, ir.grey)
+            if shift and shift.misaligned:
+                self.misaligned[name] = str(shift)
+        return ir
+
+    def fuse(self, vis: Source, ir: Source, normalise: bool | Callable | None = None) -> np.ndarray:
+        args = self.args
+        return fuse_sources(
+            self.method.model,
+            vis,
+            ir,
+            self.method.skip,
+            colour=args.colour,
+            precision=args.precision,
+            normalise=not args.no_stretch if normalise is None else normalise,
+        )
+
+    def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
+        """Visible, infrared, the system's features where it shows some, fused."""
+        maps = feature_maps(self.method.model, vis.grey, ir.grey)
+        panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps, to_uint8(fused)])
+        write_image(path, panel)
+
+    def say_what_was_seen(self) -> None:
+        if not self.misaligned:
+            return
+        off = listed(f"{name} by {shift}" for name, shift in self.misaligned.items())
+        print(
+            f"warning: more than {TOLERANCE:g} pixels off, by the look of their edges, are the infrared images of "
+            f"{off}. Edges will be double; --homography FILE aligns, --no-check skips this check",
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ir", type=Path, required=True, metavar="PATH", help="infrared (CT, PET, SPECT): image, folder or video")
+    add("--vi", type=Path, required=True, metavar="PATH", help="visible (MRI): image, folder or video")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="image, video (.mkv lossless, .avi, .mp4), or folder, where files have their visible names",
+    )
+    add(
+        "--colour",
+        choices=COLOURS,
+        default="both",
+        help="sources that give the result the colour they have; none: a grey result (default: both)",
+    )
+    add("--bits", type=int, choices=(8, 16), default=8, help="depth of the images written (default: 8)")
+    add("--suffix", help="format in a folder, such as .png (default: that of the visible file)")
+    add("--resize-ir", action="store_true", help="stretch the infrared image to the size of the visible one")
+    add(
+        "--homography",
+        type=Path,
+        metavar="FILE",
+        help="3x3 matrix from infrared to visible pixels (x, y, 1): text, .json or .npy",
+    )
+    add("--no-check", action="store_true", help="do not look whether the pair is aligned")
+    add(
+        "--panel",
+        action="store_true",
+        help="also write inputs, base and detail features, where the system shows them, and result in a row",
+    )
+    add("--list", type=Path, metavar="FILE", help="folders: write the pairing list, JSON")
+    add("--annotations", type=Path, metavar="DIR", help="folder of annotation files to name in --list, by file name")
+    add(
+        "--sequence",
+        action="store_true",
+        help="the folders hold frames of one scene: steady brightness, in the order of their numbers",
+    )
+    add("--fps", type=float, help="frames a second of the video (default: those of the visible video, else 25)")
+    add(
+        "--smooth",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="videos: how slowly the range that is stretched follows the frames; 0: at once (default: 1)",
+    )
+    add("--no-stretch", action="store_true", help="do not stretch the fused image to the full range")
+    add("--task", choices=TASKS, default="ivf", help="default: ivf")
+    add("--system", choices=list(SYSTEMS), default="cddfuse", help="default: cddfuse")
+    add("--weights", type=Path, metavar="FILE", help="default: that in models/ for the system and the task")
+    add("--skip", help="what the decoder is given; default: what the weights were trained with")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--debug", action="store_true", help="show tracebacks")
+    return run_script(fuse, parser.parse_args(argv))
+
+
+def fuse(args: argparse.Namespace) -> int:
+    """Chooses among pair, folders and videos; all that can be wrong with the options is said before a network runs."""
+    for path in (args.ir, args.vi):
+        if not path.exists():
+            raise FileNotFoundError(f"nothing at {path}; --ir and --vi each name an image, a folder or a video")
+    kinds = [kind_of(path) for path in (args.ir, args.vi)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{args.ir} is {kinds[0]} but {args.vi} is {kinds[1]}; --ir and --vi must be of one kind")
+    kind, to_video = kinds[0], is_video(args.out)
+    moving = kind == "a video" or args.sequence or to_video
+    check_options(args, kind, to_video, moving)
+    registration = Registration(args.resize_ir, read_homography(args.homography) if args.homography else None)
+    found = open_folders(args) if kind == "a folder" else None
+    if kind == "an image":
+        names_file = args.out.suffix and not args.out.is_dir()
+        target = args.out if names_file else args.out / name_in_folder(args.vi, args)
+        refuse_sources(target, args)
+        check_format(target, args.bits)
+    session = Session(open_method(args), args, registration)
+    with sigterm_as_ctrl_c():
+        if moving:
+            return fuse_moving(session, found)
+        return fuse_folder(session, found) if found else fuse_pair(session, target)
+
+
+def kind_of(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    return "a video" if is_video(path) else "an image"
+
+
+def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: bool) -> None:
+    if to_video and kind == "an image":
+        raise InputError(f"{args.out} is a video but {args.vi} is an image; name an image")
+    if to_video or (kind == "a video" and args.out.suffix and not args.out.is_dir()):
+        check_video_name(args.out)
+    if to_video and args.bits == 16:
+        raise InputError("videos have 8 bits; for 16 name a folder with --out, and images are written there")
+    if kind != "an image" and is_image_name(args.out):
+        raise InputError(f"{args.out} is one image but {args.vi} is {kind}; name a folder with --out")
+    if (args.list or args.annotations or args.sequence) and kind != "a folder":
+        raise InputError("--list, --annotations and --sequence are for folders")
+    if args.list and moving:
+        raise InputError("--list is for folders of single pairs, not for the frames of one scene")
+    if args.annotations and not args.list:
+        raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
+    if args.fps is not None and not 0 < args.fps < 1000:
+        raise InputError(f"--fps must lie between 0 and 1000, got {args.fps:g}")
+    if not 0 <= args.smooth < float("inf"):
+        raise InputError(f"--smooth must be at least 0, got {args.smooth:g}")
+    if args.suffix:
+        check_format(Path("image" + args.suffix), args.bits)
+
+
+def is_image_name(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def name_in_folder(vis: Path, args: argparse.Namespace) -> str:
+    """Annotations name images with their suffix, so that is kept, too, unless it is asked for another one."""
+    name = vis.stem + args.suffix if args.suffix else vis.name
+    if args.bits == 16 and Path(name).suffix.lower() not in DEEP_SUFFIXES:
+        raise InputError(f"{name} cannot hold 16 bits; add --suffix .png")
+    return name
+
+
+def refuse_sources(target: Path, args: argparse.Namespace) -> None:
+    if any(os.path.realpath(target) == os.path.realpath(source) for source in (args.ir, args.vi)):
+        raise InputError(f"--out {args.out} would write over the source {target}; name another place")
+
+
+def open_folders(args: argparse.Namespace) -> PairList:
+    refuse_sources(args.out, args)
+    found = list_pairs(args.vi, args.ir)
+    if found.unmatched():
+        print(f"warning: {found.unmatched()}; left out", file=sys.stderr)
+    return found
+
+
+def open_method(args: argparse.Namespace) -> Method:
+    system, device = find_system(args.system), pick_device(args.device)
+    bundled = system.weights[args.task]
+    if not (args.weights or bundled):
+        raise InputError(f"no weights of {system.label} come with the project; name a file with --weights")
+    path = args.weights or in_checkout("models", bundled[-1])  # the last one is the task's own
+    return load_method(path, system, device, args.skip, Benchmark(task=args.task, sets=(), samples=()))
+
+
+def fuse_pair(session: Session, target: Path) -> int:
+    args = session.args
+    vis = read_source(args.vi)
+    ir = session.register(vis, read_source(args.ir), target.name)
+    fused = session.fuse(vis, ir)
+    write_image(target, fused, args.bits)
+    print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {'grey' if fused.ndim == 2 else 'colour'}, {args.bits} bits")
+    if args.panel:
+        session.write_panel(panel_beside(target), vis, ir, fused)
+        print(f"{panel_beside(target)}: visible, infrared, features (where the system shows them), fused")
+    session.say_what_was_seen()
+    return 0
+
+
+def fuse_folder(session: Session, found: PairList) -> int:
+    """Fuses each pair of two folders on its own. A bad pair is named and left out; returns 2 if there was one."""
+    args = session.args
+    check_writable(args.out)
+    annotations = annotations_in(args.annotations) if args.annotations else {}
+    done: list[dict[str, str | None]] = []
+    try:
+        for pair in tqdm(found.pairs, desc=str(args.out), unit="pair", disable=None):
+            try:
+                target = args.out / name_in_folder(pair.vis, args)
+                vis = read_source(pair.vis)
+                ir = session.register(vis, read_source(pair.ir), pair.name)
+                fused = session.fuse(vis, ir)
+                write_image(target, fused, args.bits)
+                session.fused += 1
+                if args.panel:
+                    session.write_panel(args.out / "panels" / f"{pair.name}.png", vis, ir, fused)
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+                left_out(f"{args.out.name}/{pair.name}", error, args)
+                continue
+            entry = {"name": pair.name, "ir": str(pair.ir), "vi": str(pair.vis), "fused": str(target)}
+            done.append(entry | ({"annotation": annotations.get(pair.name)} if args.annotations else {}))
+    finally:
+        if args.list and done:
+            write_list(args.list, session.method, done)
+    print(f"{args.out}: {len(done)} of {len(found.pairs)} pairs fused")
+    if args.annotations and done:
+        without = [entry["name"] for entry in done if not entry["annotation"]]
+        if without:
+            print(f"warning: no annotation in {args.annotations} for {listed(without)}", file=sys.stderr)
+    session.say_what_was_seen()
+    return 0 if len(done) == len(found.pairs) else EXIT_BAD_INPUT
+
+
+def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
+    if args.debug or getattr(error, "errno", None) in HOPELESS:
+        raise error
+    tqdm.write(f"warning: {name}: {str(error).splitlines()[0]}; {fate}", file=sys.stderr)
+
+
+def annotations_in(folder: Path) -> dict[str, str]:
+    """File name without suffix -> path of every file of a folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of annotations at {folder}")
+    return {path.stem: str(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
+
+
+def write_list(path: Path, method: Method, pairs: list[dict[str, str | None]]) -> None:
+    facts = {"system": method.model.label, "weights": str(method.weights), "weights_sha256": method.sha256}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(facts | {"pairs": pairs}, indent=2) + "\n", encoding="utf-8")
+    print(f"{path}: the pairing list")
+
+
+def fuse_moving(session: Session, found: PairList | None) -> int:
+    """Fuses videos or sequences frame by frame, to a video or to a folder. Returns 2 if frames had to be left out."""
+    args = session.args
+    refuse_sources(args.out, args)
+    frames = SequencePair(found) if found else VideoPair(args.vi, args.ir)
+    if frames.warning:
+        print(f"warning: {frames.warning}", file=sys.stderr)
+    rate = args.fps or frames.rate or DEFAULT_RATE
+    names = {pair.name: name_in_folder(pair.vis, args) for pair in found.pairs} if found else {}
+    started = time.perf_counter()
+    with (
+        VideoFile(args.out, rate)
+        if is_video(args.out)
+        else FrameFolder(args.out, names, args.suffix, args.bits) as sink
+    ):
+        bad = fuse_frames(session, frames, rate, sink)
+    elapsed_s = time.perf_counter() - started
+    print(f"{args.out}: {sink.written} {sink.what}, in {elapsed_s:.1f} s ({sink.written / elapsed_s:.2f} a second)")
+    if is_video(args.out) and sink.padded:
+        print("note: videos have even sides; the last column or row is there twice", file=sys.stderr)
+    session.say_what_was_seen()
+    if frames.rest:
+        print(f"warning: {frames.rest}", file=sys.stderr)
+    return EXIT_BAD_INPUT if bad or frames.rest else 0
+
+
+def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float, sink: VideoFile | FrameFolder) -> int:
+    """Fuses and writes every frame, prints the flicker, and returns how many frames were bad."""
+    args, bad = session.args, 0
+    steady, flicker = RunningRange(args.smooth * rate), Flicker()
+    for name, load in tqdm(frames, desc=str(args.out), unit="frame", total=frames.count, disable=None):
+        try:
+            vis, ir = load()
+            ir = session.register(vis, ir, name, check=not session.fused)
+            fused = session.fuse(vis, ir, False if args.no_stretch else steady)
+            sink.write(fused, name)
+        except (ValueError, OSError, RuntimeError) as error:
+            if not session.fused:  # what is wrong with the first frame is wrong with all of them
+                raise
+            left_out(name, error, args, sink.stand_in())
+            bad += 1
+            continue
+        if args.panel and not session.fused:
+            session.write_panel(panel_beside(args.out), vis, ir, fused)
+        session.fused += 1
+        means = {"fused": mean_level(fused), "visible": vis.grey.mean(), "infrared": ir.grey.mean()}
+        flicker.add(**means, alone=steady.mean_alone)
+    if not session.fused:
+        raise InputError(f"{args.vi} and {args.ir} have no frame that can be read")
+    figures = flicker.figures()
+    if figures:
+        parts = [f"{name} {figures[name]:.2f}" for name in ("fused", "visible", "infrared")]
+        alone = "" if args.no_stretch else f"; {figures['alone']:.2f} if each frame were stretched alone"
+        print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{alone}")
+    return bad
+
+
+def mean_level(image: np.ndarray) -> float:
+    return float(image.mean() if image.ndim == 2 else image.mean(axis=(0, 1)) @ (0.299, 0.587, 0.114))
+
+
+def panel_beside(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_panel.png")
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a cluster sends ends a run as Ctrl-C does: videos are closed so that they play, lists are written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
