@@ -15,7 +15,8 @@ from torch import Tensor
 import net
 from utils import whole_file
 from utils.images import to_uint8
-from utils.inference import CPU_STRIP_PIXELS, PRECISIONS, fuse_arrays, to_network
+from utils.inference import PRECISIONS, fuse_arrays, to_network
+from utils.memory import CPU_PIECE_PIXELS
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
 from utils.saliency import visual_saliency
@@ -90,7 +91,7 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray
     if not hasattr(model, "features"):
         return []
     device = next(model.parameters()).device
-    with net.strips(CPU_STRIP_PIXELS if device.type == "cpu" else 0):
+    with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else 0):
         maps = model.features(to_network(vis, device), to_network(ir, device))
     return [_stretched(value) for value in maps.values()]
 
