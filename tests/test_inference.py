@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.inference import operations_per_pixel
 from utils import InputError
 from utils.inference import fuse_arrays, pick_device, stretch, to_grey, to_network
 from zoo.cddfuse import CDDFuseSystem
@@ -55,3 +57,11 @@ def test_device_is_checked_before_use():
     assert pick_device("auto").type in ("cpu", "cuda")
     with pytest.raises(InputError, match="--device cpu"):
         pick_device("nonsense")
+
+
+def test_operations_of_the_benchmark_are_those_that_torch_counts(model):
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.fuse(torch.rand(1, 1, 96, 96), torch.rand(1, 1, 96, 96))
+    # torch counts no squares, but q k^T between heads as well, and composing the base convolutions.
+    assert operations_per_pixel(model) * 96 * 96 == pytest.approx(counter.get_total_flops(), rel=0.08)

@@ -251,6 +251,16 @@ def test_pieces_may_be_written_over_their_sources():
         assert pixels >= 2 * 17 * 23 or got is mine
 
 
+def test_rows_too_long_for_a_piece_are_cut_too():
+    image = torch.empty(1, 64, 8333, 12_000, device="meta")
+    with net.strips(4096):
+        rows, columns = net._grid(image)
+    for cuts, length in ((rows, 8333), (columns, 12_000)):
+        assert cuts[0][0] == 0 and cuts[-1][1] == length
+        assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
+        assert {b - a for a, b in cuts} <= {62, 63, 64}
+
+
 def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
     torch.manual_seed(0)
     attention = net.FullAttention(16, 4).double()

@@ -30,9 +30,11 @@ CPU_PIECE_PIXELS = 16384
 CUDA_PIECE_PIXELS = 2**20
 SMALLEST_PIECE = 256
 
+LIBRARY_BYTES = 64 * 10**6  # what torch and its libraries take at their first call, and as much again
 IMAGE_BYTES = 48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its stretching
 PIECE_BYTES = 6000  # a pixel of a piece and of its halo, both modalities: the maps within one block
-BAND_BYTES = 2 * 2 * 64 * 4  # a pixel of a row of pieces: two copies of the maps of both modalities
+# A pixel of a row of pieces: two copies of both modalities, and the pages of the scratch file below them.
+BAND_BYTES = 4 * 2 * 64 * 4
 MAP_BYTES = 2 * 64 * 4  # a pixel of the image: what CDDFuse keeps of both modalities between two sweeps
 WIDEST_HALO = 6  # pixels, of the detail branch
 
@@ -110,20 +112,22 @@ def plan_memory(
     Raises:
         InputError: not even the smallest pieces fit.
     """
-    images = IMAGE_BYTES * height * width
-    pixels = most_pixels or (CPU_PIECE_PIXELS if kind == "cpu" else CUDA_PIECE_PIXELS)
-    while True:
-        pieces = piece_memory(height, width, pixels) * element_size // 4
-        working = images + pieces
-        # Maps in memory are worth more than large pieces, so those get at most half of what the images leave.
-        if 2 * pieces <= free - images or (pixels <= SMALLEST_PIECE and working <= free):
-            return Plan(pixels, free - working, working)
-        if pixels <= SMALLEST_PIECE:
-            raise InputError(
-                f"{width}x{height} pixels need {format_size(working)} beyond the {format_size(resident_memory())} that "
-                f"is taken, and {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
-            )
-        pixels //= 2
+    most_pixels = most_pixels or (CPU_PIECE_PIXELS if kind == "cpu" else CUDA_PIECE_PIXELS)
+    sizes = [max(most_pixels >> i, SMALLEST_PIECE) for i in range(most_pixels.bit_length())]
+    images, maps = IMAGE_BYTES * height * width, MAP_BYTES * height * width * element_size // 4
+    working = [
+        LIBRARY_BYTES + images + piece_memory(height, width, pixels) * element_size // 4 * 5 // 4  # the heap has gaps
+        for pixels in sizes
+    ]
+    # Maps in memory are worth more than large pieces, and large pieces more than room that holds no map.
+    for needed in (maps, 0):
+        for pixels, taken in zip(sizes, working, strict=True):
+            if taken + needed <= free:
+                return Plan(pixels, free - taken, taken)
+    raise InputError(
+        f"{width}x{height} pixels need {format_size(working[-1])} beyond the {format_size(resident_memory())} that "
+        f"is taken, and {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
+    )
 
 
 def piece_memory(height: int, width: int, pixels: int) -> int:
