@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import formula_image, set_formula_weights
 from tools import export
-from utils.inference import Fuser, load_fuser
+from utils import ROOT
+from utils.images import read_grey
+from utils.inference import Fuser, fuse_arrays, load_fuser, to_network
 from zoo import find_system
 
 
@@ -31,33 +35,28 @@ def make_system(name):
 
 @pytest.fixture(scope="session", params=["cddfuse", "mlfuse"])
 def exported(request, tmp_path_factory):
-    """(name, the module that was exported, folder of both files), from one run of the tool."""
+    """(name, the module that was exported, folder of both files, both files as functions), from one run of the tool."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "w.pth").write_bytes(b"weights")
     fuser = Fuser(make_system(request.param), folder / "w.pth", "vis" if request.param == "cddfuse" else "none").eval()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "load_fuser", lambda *args, **options: fuser)
         assert export.main(["--system", request.param, "--out", str(folder)]) == 0
-    return request.param, fuser, folder
-
-
-def runners(folder):
-    onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(folder / "w.onnx"), providers=["CPUExecutionProvider"])
-    program = torch.export.load(folder / "w.pt2").module()
-    return {
+    runners = {
         "onnx": lambda vis, ir: torch.from_numpy(session.run(None, {"vis": vis.numpy(), "ir": ir.numpy()})[0]),
-        "pt2": program,
+        "pt2": torch.export.load(folder / "w.pt2").module(),
     }
+    return request.param, fuser, folder, runners
 
 
 @pytest.mark.parametrize("size", [(1, 0, 0), (1, 26, 3), (4, 7, 40)])  # batch, and pixels beyond the smallest side
 def test_both_files_answer_as_torch_does_from_the_smallest_side_up(exported, size):
-    name, fuser, folder = exported
+    name, fuser, _, runners = exported
     height, width = (side + export.SMALLEST_SIDES[name] for side in size[1:])
     vis, ir = (formula_image(c, height, width).repeat(size[0], 1, 1, 1) for c in (0.3, 1.1))
     vis = vis * torch.linspace(0.5, 1, size[0])[:, None, None, None]  # the images of a batch differ
-    for kind, runner in runners(folder).items():
+    for kind, runner in runners.items():
         with torch.no_grad():
             want = fuser(vis, ir)
             # Stretching a small image of a network without training magnifies rounding.
@@ -66,8 +65,7 @@ def test_both_files_answer_as_torch_does_from_the_smallest_side_up(exported, siz
 
 
 def test_files_say_what_they_are(exported):
-    onnx = pytest.importorskip("onnx")
-    name, fuser, folder = exported
+    name, fuser, folder, _ = exported
     model = onnx.load(folder / "w.onnx")
     about = {item.key: item.value for item in model.metadata_props}
     assert about["system"] == fuser.system.label and about["smallest_side"] == str(export.SMALLEST_SIDES[name])
@@ -81,10 +79,10 @@ def test_files_say_what_they_are(exported):
 
 
 def test_smaller_images_are_refused_by_the_torch_export_file(exported):
-    name, _, folder = exported
+    name, _, _, runners = exported
     small = torch.rand(1, 1, export.SMALLEST_SIDES[name] - 1, 40)
     with pytest.raises((AssertionError, RuntimeError)):
-        runners(folder)["pt2"](small, small)
+        runners["pt2"](small, small)
 
 
 def test_a_file_that_differs_from_torch_is_not_written(tmp_path, monkeypatch, capsys):
@@ -116,10 +114,6 @@ def test_system_without_bundled_weights_asks_for_a_file(tmp_path, capsys):
 
 
 def test_ready_module_fuses_as_the_test_scripts_do():
-    from utils import ROOT
-    from utils.images import read_grey
-    from utils.inference import fuse_arrays, to_network
-
     vis, ir = (read_grey(ROOT / f"test_img/Sample_MRI_CT/{m}/convexity_t1.png")[:40, :52] for m in ("MRI", "CT"))
     fuser = load_fuser(find_system("cddfuse"), "mif")
     assert fuser.weights.name == "CDDFuse_MIF.pth" and fuser.skip == "none" and not fuser.training
