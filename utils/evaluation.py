@@ -7,6 +7,7 @@ named in `Evaluation.problems` and left out; nothing else is.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,7 +148,12 @@ def _run(tasks: Sequence[_Task], jobs: int | None, scorer: Scorer) -> Iterator[_
     if jobs == 1:
         yield from map(work, tasks)
         return
-    pool = ProcessPoolExecutor(jobs, initializer=_start_worker)
+    # Not forks of this process: OpenCV's threads do not survive a fork, and a worker would wait for them forever.
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
     try:
         yield from pool.map(work, tasks)
     except BrokenProcessPool:
