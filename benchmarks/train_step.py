@@ -72,12 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for phase in PHASES:
             seconds, wall = (float(np.median(times[way, phase][kind])) for kind in (clock, "wall"))
             ratio = float(np.median(times[WAYS[0], phase][clock])) / seconds
-            share = step_flops(phase, args) / seconds / rate[way.split()[1]]
             speed = args.batch_size / wall
             row[f"phase {phase}"] = {"seconds": seconds, "wall_seconds": wall, "patches_per_second": speed,
-                                     "ratio": ratio, "share_of_matrix_rate": share}  # fmt: skip
+                                     "ratio": ratio}  # fmt: skip
             print(f"  {way:18s} phase {phase}: {seconds:7.3f} s a step (wall {wall:.3f}), {ratio:.2f} times as fast, "
-                  f"{speed:.1f} patches/s, {share:.0%} of the matrix-product rate")  # fmt: skip
+                  f"{speed:.1f} patches/s")  # fmt: skip
         if peaks:
             row["peak_bytes"] = peaks[way]
             share = peaks[way] / peaks[WAYS[0]]
@@ -159,19 +158,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 0) -> floa
         synchronise(device)
         best = min(best, clock() - start)
     return 2 * side**3 / best
-
-
-def step_flops(phase: int, args: argparse.Namespace) -> float:
-    """Operations of the convolutions and products of our step, forward and backward: what the task needs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    small = argparse.Namespace(**{**vars(args), "size": 16, "batch_size": 2, "compile": False,
-                                  "device": torch.device("cpu")})  # fmt: skip
-    step = make_step("ours float32", phase, small)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    # All of them are proportional to the number of pixels, but for the composed weights, which are negligible.
-    return counter.get_total_flops() * args.size**2 * args.batch_size / (small.size**2 * small.batch_size)
 
 
 def peak_memory(way: str, args: argparse.Namespace) -> float:
