@@ -47,7 +47,7 @@ class CDDFuseSystem(net.CDDFuse):
     weights = {"ivf": ("CDDFuse_IVF.pth",), "mif": ("CDDFuse_IVF.pth", "CDDFuse_MIF.pth")}
     columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
-    # What measured better than the published recipe (benchmarks/RESULTS.md).
+    # What the bundled weights were made by; a comparison with the published recipe is still to be measured.
     recipes = {
         "ours": {
             "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "ema": 0.998, "crop": 64, "flips": True,
