@@ -24,7 +24,17 @@ from pathlib import Path
 import numpy as np
 
 import utils.more_metrics  # noqa: F401  registers its metrics
-from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout, listed, run_script, tables
+from utils import (
+    DATA_VARIABLE,
+    EXIT_BAD_INPUT,
+    InputError,
+    benchmark_root,
+    check_writable,
+    git_commit,
+    listed,
+    run_script,
+    tables,
+)
 from utils.evaluation import Evaluation, Scorer, evaluate
 from utils.images import find_modalities
 from utils.manifests import SHOWN, name_of_list, read_manifests, verify
@@ -33,7 +43,6 @@ from utils.plots import import_figure, plot
 from utils.scores import Row, format_excluded
 from utils.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
 
-DATA_VARIABLE = "FUSION_DATA"
 METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
 
 
@@ -291,8 +300,7 @@ def without_nan(value: object) -> object:
 
 
 def verify_data(where: str) -> int:
-    given = os.environ.get(DATA_VARIABLE)
-    folder = Path(where) if where else Path(given) / "test_img" if given else in_checkout("test_img")
+    folder = Path(where) if where else benchmark_root()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}; name the one that holds the sets: --verify-data DIR")
     manifests = read_manifests()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 # Nothing beyond the standard library here: a package that is missing or broken is to be a line, not a traceback.
 import argparse
-import hashlib
 import importlib
 import json
 import os
@@ -25,7 +24,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import EXIT_BAD_INPUT, InputError, git_commit, in_checkout, run_script, whole_file
+from utils import (
+    DATA_VARIABLE,
+    EXIT_BAD_INPUT,
+    InputError,
+    benchmark_root,
+    file_sha256,
+    free_memory,
+    git_commit,
+    in_checkout,
+    run_script,
+    whole_file,
+)
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = "2.11"
@@ -39,7 +49,6 @@ GRID = 4  # the fused image is compared by the mean and the spread of so many by
 TOLERANCES = {"cpu": 0.05, "cuda": 1.0}
 ENOUGH_MEMORY_GB = 2.0
 ENOUGH_DISK_GB = 1.0
-DATA_VARIABLE = "FUSION_DATA"
 
 
 class Finding(NamedTuple):
@@ -186,20 +195,20 @@ def check_weights(others: Sequence[Path]) -> Iterator[Finding]:
         path = in_checkout("models", name)
         if not path.is_file():
             yield Finding("FIX", str(path), "is missing; run `git checkout -- models`")
-        elif digest(path) == answers[name]["sha256"]:
-            yield Finding("ok", str(path), f"{describe(path)}, sha256 {digest(path)[:12]} as recorded")
+        elif file_sha256(path) == answers[name]["sha256"]:
+            yield Finding("ok", str(path), f"{describe(path)}, sha256 {file_sha256(path)[:12]} as recorded")
         else:
             try:
                 described = describe(path)
             except InputError as error:
                 yield Finding("FIX", str(path), f"{error}; or run `git checkout -- models`")
                 continue
-            yield Finding("FIX", str(path), f"{described}, but sha256 {digest(path)[:12]} is not the recorded "
+            yield Finding("FIX", str(path), f"{described}, but sha256 {file_sha256(path)[:12]} is not the recorded "
                           f"{answers[name]['sha256'][:12]}; run `git checkout -- models`, or `python -m tools.doctor "
                           "--record` if you have trained them")  # fmt: skip
     for path in others:
         try:
-            yield Finding("ok", str(path), f"{describe(path)}, sha256 {digest(path)[:12]}")
+            yield Finding("ok", str(path), f"{describe(path)}, sha256 {file_sha256(path)[:12]}")
         except (InputError, OSError) as error:
             yield Finding("FIX", str(path), str(error).removeprefix(f"{path} "))
 
@@ -226,7 +235,7 @@ def check_answers() -> Iterator[Finding]:
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         for name, known in read_answers().items():
             path = in_checkout("models", name)
-            if not path.is_file() or digest(path) != known["sha256"]:
+            if not path.is_file() or file_sha256(path) != known["sha256"]:
                 continue  # named by check_weights
             what = f"known answer of {name}, {device}"
             blocks = answer(path, device)
@@ -266,22 +275,17 @@ def read_answers() -> dict[str, Any]:
 def record() -> int:
     path = in_checkout("models", ANSWERS)
     weights = sorted(in_checkout("models").glob("CDDFuse_*.pth"))
-    answers = {file.name: {"sha256": digest(file), "blocks": answer(file, "cpu")} for file in weights}
+    answers = {file.name: {"sha256": file_sha256(file), "blocks": answer(file, "cpu")} for file in weights}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: {len(answers)} weight files")
     return 0
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def check_data(folder: Path | None) -> Iterator[Finding]:
     from utils.manifests import read_manifests, verify
 
-    given = os.environ.get(DATA_VARIABLE)
-    root = folder or (Path(given) / "test_img" if given else in_checkout("test_img"))
+    root = folder or benchmark_root()
     if not root.is_dir():
         yield Finding("FIX", "data", f"no folder at {root}; name one with --data or {DATA_VARIABLE}")
         return
@@ -309,20 +313,6 @@ def check_memory() -> Iterator[Finding]:
                       "or give the container more")  # fmt: skip
     else:
         yield Finding("ok", "memory", f"{free / 1e9:.1f} GB free")
-
-
-def free_memory() -> int | None:
-    """Bytes that this process may still take, from Linux or its container; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def check_disk() -> Iterator[Finding]:

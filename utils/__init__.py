@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+DATA_VARIABLE = "FUSION_DATA"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +74,34 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def benchmark_root() -> Path:
+    """The folder that benchmark sets are looked for in: as the environment says, else in this checkout."""
+    given = os.environ.get(DATA_VARIABLE)
+    return Path(given) / "test_img" if given else in_checkout("test_img")
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take without swapping, its container's limit included; None where the
+    system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free  # no group, or one without a limit ("max")
+    return max(0, min(free, left))
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

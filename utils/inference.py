@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import net
-from utils import InputError, in_checkout
+from utils import InputError, file_sha256, in_checkout
 from utils.memory import (
     CPU_PIECE_PIXELS,
     BoundedWorkspace,
     Plan,
     format_size,
-    free_memory,
+    memory_left,
     plan_memory,
     resident_memory,
 )
@@ -126,7 +125,7 @@ def fuse_arrays(
     free = memory_to_take(device, max_memory)
     while True:
         plan = plan_for(model, vis.shape, free, device, precision)
-        host_room = free_memory() // 2 if device.type != "cpu" else 0
+        host_room = memory_left() // 2 if device.type != "cpu" else 0
         workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
         try:
             return run_plan(model, vis, ir, skip, plan, workspace, normalise=normalise, precision=precision)
@@ -143,7 +142,7 @@ def memory_to_take(device: torch.device, max_memory: int | None) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         free = (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) * 9 // 10
         return min(free, max_memory - torch.cuda.memory_allocated(device)) if max_memory else free
-    return max_memory - resident_memory() if max_memory else free_memory() * 8 // 10
+    return max_memory - resident_memory() if max_memory else memory_left() * 8 // 10
 
 
 def plan_for(model: Any, shape: tuple[int, ...], free: int, device: torch.device, precision: str) -> Plan:
@@ -227,10 +226,9 @@ class Fuser(nn.Module):
 
     def about(self) -> dict[str, Any]:
         """What a file made of it should say of itself."""
-        sha256 = hashlib.sha256(self.weights.read_bytes()).hexdigest()
         return {
-            "system": self.system.label, "weights": self.weights.name, "weights_sha256": sha256, "skip": self.skip,
-            "stretched": self.stretched,
+            "system": self.system.label, "weights": self.weights.name, "weights_sha256": file_sha256(self.weights),
+            "skip": self.skip, "stretched": self.stretched,
         }  # fmt: skip
 
 

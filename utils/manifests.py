@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ROOT, InputError, listed, whole_file
+from utils import ROOT, InputError, file_sha256, listed, whole_file
 from utils.images import SUFFIXES, find_modalities, list_pairs, read_grey
 
 FOLDER = ROOT / "manifests"
@@ -61,7 +61,7 @@ def make_manifest(folder: Path) -> dict[str, Any]:
         images = pair.read()
         pairs.append(pair_digest(*images))
         for path, image in zip((pair.vis, pair.ir), images, strict=True):
-            files[path.parent.name][path.name] = {"sha256": _file_digest(path), "grey": grey_digest(image)}
+            files[path.parent.name][path.name] = {"sha256": file_sha256(path), "grey": grey_digest(image)}
     return {"set": folder.resolve().name, "pairs": len(pairs), "images": list_digest(pairs), "files": files}
 
 
@@ -132,7 +132,7 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Verdict:
 def _fate(path: Path | None, want: dict[str, str]) -> str:
     if path is None:
         return "missing"
-    if _file_digest(path) == want["sha256"]:
+    if file_sha256(path) == want["sha256"]:
         return "published"
     try:
         return "same_image" if grey_digest(read_grey(path)) == want["grey"] else "different"
@@ -145,7 +145,3 @@ def _images_in(folder: Path) -> dict[str, Path]:
         return {}
     paths = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
     return {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()}
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import net
-from utils import InputError
+from utils import InputError, free_memory
 
 # Pieces of so many pixels are fastest: on a CPU because a piece stays in the cache, on a GPU because few are needed.
 CPU_PIECE_PIXELS = 16384
@@ -69,17 +69,10 @@ def resident_memory() -> int:
         return 0
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take without swapping, its control group's limit included."""
-    found = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, KeyError):
-        pass  # another system, or a group without a limit ("max")
-    return max(0, min(found)) if found else 4 * 10**9
+def memory_left() -> int:
+    """As `utils.free_memory`; a guess that suits any machine where the system does not say."""
+    free = free_memory()
+    return 4 * 10**9 if free is None else free
 
 
 @dataclass(frozen=True)

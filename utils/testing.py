@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
-import os
 import sys
 import time
 from collections import deque
@@ -23,7 +21,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, git_commit, in_checkout
+from utils import (
+    DATA_VARIABLE,
+    EXIT_BAD_INPUT,
+    InputError,
+    benchmark_root,
+    check_writable,
+    file_sha256,
+    git_commit,
+    in_checkout,
+)
 from utils.images import (
     Pair,
     PairList,
@@ -45,7 +52,6 @@ from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
 from utils.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 
-DATA_VARIABLE = "FUSION_DATA"
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
 
 
@@ -206,8 +212,7 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
         return find_flat_sets(args)
     if args.stems:
         raise InputError("--stems is for one folder that holds both images of every pair; add --pairs flat")
-    given = os.environ.get(DATA_VARIABLE)
-    root = args.data or (Path(given) / "test_img" if given else in_checkout("test_img"))
+    root = args.data or benchmark_root()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root}; name one with --data")
     if not args.sets and modalities_in(root):
@@ -245,7 +250,7 @@ def open_set(folder: Path) -> TestSet:
 
 def load_method(path: Path, system: type, device: torch.device, skip: str | None, benchmark: Benchmark) -> Method:
     model, skip = load_system(system, path, benchmark.task, skip, device)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = file_sha256(path)
     return Method(model, path, model.row_label(benchmark.task, path.stem), skip, sha256)
 
 
