@@ -26,9 +26,18 @@ from tqdm import tqdm
 
 from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, listed, run_script, whole_file
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
-from utils.images import DEEP_SUFFIXES, SUFFIXES, PairList, check_format, list_pairs, to_uint8, write_image
+from utils.images import (
+    DEEP_SUFFIXES,
+    SUFFIXES,
+    PairList,
+    check_format,
+    list_pairs,
+    side_by_side,
+    to_uint8,
+    write_image,
+)
 from utils.inference import PRECISIONS, pick_device
-from utils.monitor import feature_maps, side_by_side
+from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
 from utils.testing import HOPELESS, Benchmark, Method, load_method
 from utils.video import (

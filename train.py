@@ -17,6 +17,7 @@ Exit code 0: trained to the end; 75: stopped before it by Ctrl-C, SIGTERM or --m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -30,8 +31,9 @@ from tqdm import tqdm
 
 from utils import InputError, check_writable, git_commit, run_script
 from utils.distributed import from_first, is_first, local_device, process_group, ranks
+from utils.images import write_grey
 from utils.inference import PRECISIONS, keep_freed_memory, pick_device
-from utils.monitor import Curves, draw_panel, validate, write_panel
+from utils.monitor import Curves, draw_panel, validate
 from utils.patches import PatchDataset
 from utils.training import Run, Stop, stop_now
 from zoo import SYSTEMS, TASKS, check_options, find_system, option
@@ -246,22 +248,23 @@ def train_on(run: Run, stop: Stop, args: argparse.Namespace) -> None:
     """Trains to the end, or to where it is asked to stop, and saves."""
     curves = Curves(run.out / "tensorboard", run.step) if is_first() else None
     saved = time.monotonic()
-    while run.epoch < run.epochs:
-        for seen in run.train_epoch():
-            if curves:
-                curves.scalars(seen.pop("step"), seen)
-            if stop_now(stop, run.device):
+    with curves or contextlib.nullcontext():
+        while run.epoch < run.epochs:
+            for seen in run.train_epoch():
+                if curves:
+                    curves.scalars(seen.pop("step"), seen)
+                if stop_now(stop, run.device):
+                    run.save()
+                    return
+                if run.batch < run.epoch_batches and time.monotonic() - saved > 60 * args.save_every_minutes:
+                    save_or_go_on(run)
+                    saved = time.monotonic()
+            finish_epoch(run, args, curves)
+            if run.epoch == run.epochs:
                 run.save()
-                return
-            if run.batch < run.epoch_batches and time.monotonic() - saved > 60 * args.save_every_minutes:
+            elif time.monotonic() - saved > 60 * args.save_every_minutes:
                 save_or_go_on(run)
                 saved = time.monotonic()
-        finish_epoch(run, args, curves)
-        if run.epoch == run.epochs or time.monotonic() - saved > 60 * args.save_every_minutes:
-            (run.save if run.epoch == run.epochs else lambda: save_or_go_on(run))()
-            saved = time.monotonic()
-    if curves:
-        curves.close()
 
 
 def save_or_go_on(run: Run) -> None:
@@ -286,7 +289,7 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
             panel = draw_panel(run.model, args.task, pairs)
         line["validation"] = {"losses": losses, "metrics": metrics}
         text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-        write_panel(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
+        write_grey(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
         if stage is run.stages[-1]:
             run.save_best(losses["total"])
         if curves:

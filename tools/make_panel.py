@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from utils import in_checkout, run_script
-from utils.images import find_modalities, list_pairs, to_uint8
-from utils.monitor import draw_panel, write_panel
+from utils.images import find_modalities, list_pairs, one_below_another, to_uint8, write_grey
+from utils.monitor import draw_panel
 from utils.patches import HeldOut
 from zoo.cddfuse import CDDFuseSystem
 
@@ -39,11 +38,9 @@ def draw(args: argparse.Namespace) -> int:
         pairs = [pair for name in sets for pair in list_pairs(*find_modalities(in_checkout("test_img", name))).pairs]
         held_out = [HeldOut(pair.name, *map(to_uint8, pair.read())) for pair in pairs[:PAIRS]]
         panels.append(draw_panel(model, task, held_out))
-    width = max(panel.shape[1] for panel in panels)
-    padded = [np.pad(panel, ((0, 0), (0, width - panel.shape[1])), constant_values=255) for panel in panels]
-    drawn = np.concatenate(padded)
+    drawn = one_below_another(panels)
     size = (WIDTH, round(drawn.shape[0] * WIDTH / drawn.shape[1]))
-    write_panel(args.out, cv2.resize(drawn, size, interpolation=cv2.INTER_AREA))
+    write_grey(args.out, cv2.resize(drawn, size, interpolation=cv2.INTER_AREA))
     print(f"{args.out}: columns are visible or MRI, infrared or CT/PET, base and detail features of each, fused")
     return 0
 

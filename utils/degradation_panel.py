@@ -6,31 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from utils import InputError, whole_file
+from utils import InputError
 from utils.degradation import INFRARED, VISIBLE, Degradation, Ranges, to_levels, to_luma
-from utils.images import Pair, check_same_size
-
-_GAP = 4  # pixels of white between the images of a panel
-
-
-def read_rgb(path: Path | str) -> np.ndarray:
-    """An image file in colour, (H, W, 3) float32 in [0, 1], red first.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not an image of 8 or 16 bits.
-    """
-    encoded = np.fromfile(path, dtype=np.uint8)
-    try:
-        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error:  # an empty buffer, or a header that promises more pixels than OpenCV allows
-        bgr = None
-    if bgr is None or bgr.dtype not in (np.uint8, np.uint16):
-        raise InputError(f"{path} is not an image of 8 or 16 bits that OpenCV can read; replace it or remove it")
-    return bgr[..., ::-1].astype(np.float32) / np.iinfo(bgr.dtype).max
+from utils.images import Pair, check_same_size, one_below_another, read_colour, side_by_side, write_colour
 
 
 def write_examples(
@@ -63,7 +43,7 @@ def write_examples(
         rng = np.random.default_rng((seed, number))
         draws = [ranges.draw(rng) for ranges in (vis_ranges, vis_ranges, ir_ranges, ir_ranges)]
         try:
-            vis, ir = read_rgb(pair.vis), read_rgb(pair.ir)
+            vis, ir = (read_colour(path) / np.float32(255) for path in (pair.vis, pair.ir))
             check_same_size(pair, vis[..., 0], ir[..., 0])
         except (InputError, OSError) as error:
             print(f"warning: {error}; left out", file=sys.stderr)
@@ -73,11 +53,7 @@ def write_examples(
             print(f"{pair.name} {name}: {draw}")
     if not rows:
         raise InputError("not one pair could be shown; name other folders by --data")
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    encoded = cv2.imencode(".png", np.concatenate(rows)[..., ::-1])[1]
-    with whole_file(path) as temporary:
-        encoded.tofile(temporary)
+    write_colour(path, one_below_another(rows))
     return len(chosen) - len(rows)
 
 
@@ -90,7 +66,5 @@ def _example_row(
         top, left = (max(0, length - side) // 2 for length in image.shape[:2])
         middle = image[top : top + side, left : left + side]
         for part in (middle, *(draw.apply(middle) for draw in draws)):
-            levels = to_levels(part)
-            shown += [levels if levels.ndim == 3 else np.repeat(levels[..., None], 3, axis=2)]
-    gap = np.full((shown[0].shape[0], _GAP, 3), 255, np.uint8)
-    return np.concatenate([piece for part in shown for piece in (part, gap)][:-1], axis=1)
+            shown.append(to_levels(part))
+    return side_by_side(shown)

@@ -6,6 +6,7 @@ An image array here is (H, W) float32 grey levels in [0, 255], a colour image (H
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from utils import InputError, listed, whole_file
 
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm".split())
 DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
+_GAP = 4  # pixels of white between images that are shown together
 
 # Sub-folders of a data set, (visible or MRI, infrared or CT/PET/SPECT), in the order they are looked for.
 MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"), ("img1", "img2"))
@@ -211,6 +213,22 @@ def with_colour_of(grey: np.ndarray, *sources: np.ndarray) -> np.ndarray:
     r, b = grey + np.float32(1.402) * red, grey + np.float32(1.772) * blue
     g = (grey - np.float32(0.299) * r - np.float32(0.114) * b) / np.float32(0.587)
     return np.stack([r, g, b], axis=-1)
+
+
+def side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one height in a row, with gaps of white: uint8 (H, W), or (H, W, 3) where one of them has colour."""
+    if any(image.ndim == 3 for image in images):
+        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
+    gap = np.full((images[0].shape[0], _GAP, *images[0].shape[2:]), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
+
+
+def one_below_another(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one kind and any width, uint8, each with a gap of white below and filled up with white."""
+    width = max(row.shape[1] for row in rows)
+    padding = [((0, _GAP), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    rows = [np.pad(row, sides[: row.ndim], constant_values=255) for row, sides in zip(rows, padding, strict=True)]
+    return np.concatenate(rows)
 
 
 class Pair(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Callable
@@ -65,6 +66,11 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         return
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Within this block what can be is computed in a precision: "float32", or "bfloat16"."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def to_network(grey: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -171,8 +177,7 @@ def run_plan(
 ) -> np.ndarray:
     """`fuse_arrays` with a plan and a place for feature maps."""
     device = next(model.parameters()).device
-    strips = net.strips(plan.pixels, workspace)
-    with strips, torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+    with net.strips(plan.pixels, workspace), autocast(device, precision):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
     if callable(normalise):
         return to_grey(normalise(fused))

@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 import net
-from utils import whole_file
-from utils.images import to_uint8
-from utils.inference import PRECISIONS, fuse_arrays, to_network
+from utils.images import one_below_another, side_by_side, to_uint8
+from utils.inference import autocast, fuse_arrays, to_network
 from utils.memory import CPU_PIECE_PIXELS
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from zoo import Stage
 
 PANEL_PAIRS = 4
-_GAP = 4  # pixels of white between the images of a panel
 
 
 class Validation(NamedTuple):
@@ -47,7 +44,7 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
         images = (pair.vis, pair.ir, visual_saliency(pair.ir))
         vis, ir, ir_saliency = (to_network(image, device) for image in images)
         given = stage.prepare(Batch(vis, ir, ir_saliency=ir_saliency), (0, number))
-        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+        with autocast(device, precision):
             terms = stage.losses(given)
         losses.append({name: value.item() for name, value in terms.items()})
         fused = to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, precision=precision))
@@ -72,9 +69,7 @@ def draw_panel(model: Any, task: str, pairs: Sequence[HeldOut], precision: str =
         shown.append(to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, precision=precision)))
         rows.append(side_by_side(shown))
     model.train(training)
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, _GAP), (0, width - row.shape[1])), constant_values=255) for row in rows]
-    return np.concatenate(rows)
+    return one_below_another(rows)
 
 
 @torch.inference_mode()
@@ -94,11 +89,6 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray
     with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else 0):
         maps = model.features(to_network(vis, device), to_network(ir, device))
     return [_stretched(value) for value in maps.values()]
-
-
-def write_panel(path: Path, panel: np.ndarray) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", panel)[1].tobytes())
 
 
 class Curves:
@@ -127,7 +117,10 @@ class Curves:
         if self.writer is not None:
             self.writer.add_image(name, image, step, dataformats="HW")
 
-    def close(self) -> None:
+    def __enter__(self) -> Curves:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.writer is not None:
             self.writer.close()
 
@@ -142,11 +135,3 @@ def _stretched(maps: Tensor) -> np.ndarray:
     magnitude = maps[0].float().abs().mean(dim=0)
     low, high = magnitude.min(), magnitude.max()
     return ((magnitude - low) / (high - low).clamp_min(1e-12) * 255).round().byte().cpu().numpy()
-
-
-def side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Images of one height in a row, with gaps of white: uint8 (H, W), or (H, W, 3) where one of them has colour."""
-    if any(image.ndim == 3 for image in images):
-        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
-    gap = np.full((images[0].shape[0], _GAP, *images[0].shape[2:]), 255, np.uint8)
-    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)

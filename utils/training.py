@@ -26,7 +26,7 @@ from tqdm import tqdm
 from utils import InputError, whole_file
 from utils.checkpoint import read_file, save_file
 from utils.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
-from utils.inference import PRECISIONS
+from utils.inference import autocast
 from utils.patches import Batch, PatchDataset, batches_in_epoch, random_batches
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ class Run:
         self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
         self.looked_at = self.step
         self.unseen: list[tuple[int, bool, list[str], Tensor]] = []
-        self.started = time.monotonic()
 
     def trained(self, network: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in network.parameters() if parameter not in self.frozen]
@@ -125,7 +124,7 @@ class Run:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def train_epoch(self, show: bool = True) -> Iterator[dict[str, Any]]:
+    def train_epoch(self) -> Iterator[dict[str, Any]]:
         """Goes on with the present epoch and ends with it; yields what is known of the steps after each look.
 
         Raises:
@@ -146,7 +145,7 @@ class Run:
         )  # fmt: skip
         _, epoch_in_stage = self.stage_of(self.epoch)
         title = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}"
-        hide = None if show and is_first() else True
+        hide = None if is_first() else True
         with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide) as bar:
             since = time.perf_counter()
             for batch in batches:
@@ -187,9 +186,8 @@ class Run:
 
     def update(self, stage: Stage, part: Pass, losses: nn.Module, batch: Batch, given: Any) -> None:
         """One pass: losses, gradients, and a step of the optimiser, which passes over all without gradients."""
-        precision = self.options.precision
         try:
-            with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+            with autocast(self.device, self.options.precision):
                 terms = losses(given)
             self.optimizer.zero_grad(set_to_none=True)
             terms["total"].backward()
@@ -256,8 +254,10 @@ class Run:
             norms[name.removeprefix("gradient norm of ")] = newest.pop(name)
         self.unseen.clear()
         self.looked_at = self.step
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return {"step": self.step, "losses": newest, "gradient_norms": norms, "learning_rates": rates}
+        return {"step": self.step, "losses": newest, "gradient_norms": norms, "learning_rates": self.rates()}
+
+    def rates(self) -> dict[str, float]:
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def finish_epoch(self) -> None:
         stage, _ = self.stage_of(self.epoch)
@@ -266,14 +266,14 @@ class Run:
         patches = means.pop("")
         before = sum(line["seconds"] for line in self.log)
         seconds = max(self.seconds - before, 1e-9)
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         for name in stage.networks:
             self.epochs_trained[name] += 1
         self.epoch += 1
         losses = {k: v / patches for k, v in means.items() if not k.startswith("gradient norm of ")}
         self.log.append({
-            "epoch": self.epoch, "stage": stage.name, "step": self.step, "losses": losses, "learning_rates": rates,
-            "seconds": seconds, "patches_per_second": round(patches * ranks() / seconds, 2),
+            "epoch": self.epoch, "stage": stage.name, "step": self.step, "losses": losses,
+            "learning_rates": self.rates(), "seconds": seconds,
+            "patches_per_second": round(patches * ranks() / seconds, 2),
         })  # fmt: skip
         self.batch, self.sums = 0, {}
 
@@ -289,10 +289,9 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                precision = self.options.precision
                 fewer = batch.each(operator.itemgetter(slice(size)))
                 given = stage.prepare(fewer, (self.options.seed, self.step, rank()))
-                with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+                with autocast(self.device, self.options.precision):
                     for part in stage.updates:
                         self.let_train(part.networks)
                         part.losses(given)["total"].backward()
@@ -382,7 +381,10 @@ class Run:
         Raises:
             FileNotFoundError, InputError: unreadable, of another kind or of other options.
         """
-        saved = from_first(lambda: self.read(path))
+        self.take_up(path, from_first(lambda: self.read(path)), force=force)
+
+    def take_up(self, path: Path, saved: dict[str, Any], *, force: bool = False) -> None:
+        """`load`, of a file's content that is at hand."""
         changed = [f"{key} {saved['settings'].get(key)!r} -> {value!r}"
                    for key, value in self.settings.items() if saved["settings"].get(key) != value]  # fmt: skip
         if changed and not force:
@@ -434,14 +436,14 @@ class Run:
         there = from_first(lambda: [path for path in (self.last, self.previous) if path.exists()])
         for path in there:
             try:
-                from_first(lambda path=path: self.read(path) and None)
+                saved = from_first(lambda path=path: self.read(path))
             except InputError as error:
                 if path == there[-1]:
                     raise
                 if is_first():
                     print(f"warning: {error}. Going on with {there[-1]}", file=sys.stderr)
                 continue
-            self.load(path, force=force)
+            self.take_up(path, saved, force=force)
             return path
         return None
 
