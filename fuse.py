@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, listed, run_script, whole_file
+from utils import EXIT_BAD_INPUT, InputError, check_writable, listed, run_script, whole_file
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
 from utils.images import (
     DEEP_SUFFIXES,
@@ -247,10 +247,7 @@ def open_folders(args: argparse.Namespace) -> PairList:
 
 def open_method(args: argparse.Namespace) -> Method:
     system, device = find_system(args.system), pick_device(args.device)
-    bundled = system.weights[args.task]
-    if not (args.weights or bundled):
-        raise InputError(f"no weights of {system.label} come with the project; name a file with --weights")
-    path = args.weights or in_checkout("models", bundled[-1])  # the last one is the task's own
+    path = args.weights or system.bundled_weights(args.task)[-1]
     return load_method(path, system, device, args.skip, Benchmark(task=args.task, sets=(), samples=()))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import net
-from utils import InputError, file_sha256, in_checkout
+from utils import InputError, file_sha256
 from utils.memory import (
     CPU_PIECE_PIXELS,
     BoundedWorkspace,
@@ -258,12 +258,6 @@ def load_fuser(
     Raises:
         FileNotFoundError, InputError: as `load_system`; no such task; or no weights of the system are bundled.
     """
-    if task not in system.weights:
-        raise InputError(f"no task is called {task!r}; it is one of: {', '.join(system.weights)}")
-    bundled = system.weights[task]
-    if weights is None and not bundled:
-        raise InputError(f"no weights of {system.label} come with the project; name a file in its published format")
-    # The last of several is the one trained for the task.
-    path = in_checkout("models", bundled[-1]) if weights is None else Path(weights)
+    path = system.bundled_weights(task)[-1] if weights is None else Path(weights)
     model, skip = load_system(system, path, task, skip, device)
     return Fuser(model, path, skip, stretched).eval()

@@ -144,11 +144,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
     # Everything that can be wrong is looked at before the first image is fused.
     columns = choose_columns(args.columns) if args.columns else system.columns
     test_sets = find_sets(args, benchmark)
-    paths = args.weights or [in_checkout("models", name) for name in system.weights[benchmark.task]]
-    if not paths:
-        raise InputError(
-            f"no weights of {system.label} for this task come with the project; name a file with --weights"
-        )
+    paths = args.weights or system.bundled_weights(benchmark.task)
     methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
     stems = [method.weights.stem for method in methods]
     refuse_repeated("--weights", "files", stems)

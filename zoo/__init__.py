@@ -5,7 +5,8 @@ A system is a class that is an `nn.Module` and has
 - `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
   `smallest_patch` of a training patch, in pixels;
 - `weights`: task -> file names in models/ that a test script runs by default, none if none are bundled; `columns` of
-  its published table; `row_label(task, stem)`: how the row of a weight file is called in it;
+  its published table; `row_label(task, stem)`: how the row of a weight file is called in it; `stretched`: whether its
+  published test stretches each fused image to the full range;
 - `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
   options of train.py;
 - `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused (B, 1, H, W) in [0, 1], or in a
@@ -16,10 +17,11 @@ A system is a class that is an `nn.Module` and has
 - `stages(options, task)`: the training, as a list of `Stage`;
 - `load_published(path)` and `save(path, about)`: its checkpoint files.
 
-It may also have
+What most of them do alike is in `System`. It may also have
 
 - `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
   published code; the first one is the default, "published" where there is none;
+- `takes_colour`: whether `fuse` and the training are given visible images in colour where there is some, (B, 3, H, W);
 - `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
 - `smallest_batch`: where batch norm asks for it, the fewest patches that one process may train on. train.py refuses
   a smaller batch size, and leaves out a last batch that is smaller.
@@ -36,14 +38,16 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from utils import InputError
+from utils import InputError, in_checkout
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.patches import Batch
 
-__all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "check_options", "find_system", "option"]
+__all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "System", "check_options", "find_system", "option"]
 
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
@@ -153,6 +157,40 @@ class Stage:
     def updates(self) -> tuple[Pass, ...]:
         """What a step does, in this order: the passes, or one over all networks."""
         return self.passes or (Pass(self.name, self.networks, self.losses),)
+
+
+class System:
+    """What most systems have in common; a base class beside `nn.Module`."""
+
+    label: str
+    weights: Mapping[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())
+    stretched = True
+    takes_colour = False
+
+    @classmethod
+    def row_label(cls, task: str, stem: str) -> str:
+        return f"{cls.label} {stem}"
+
+    @classmethod
+    def bundled_weights(cls, task: str) -> list[Path]:
+        """The weight files that come with the project, the task's own last.
+
+        Raises:
+            InputError: no such task, or there are none.
+        """
+        if task not in TASKS:
+            raise InputError(f"no task is called {task!r}; it is one of: {', '.join(TASKS)}")
+        if not cls.weights[task]:
+            raise InputError(f"no weights of {cls.label} come with the project; name a file in its published format")
+        return [in_checkout("models", name) for name in cls.weights[task]]
+
+    def load_published(self, path: Path | str) -> dict[str, Any]:
+        """Loads a file in the published format; see `utils.checkpoint.load_checkpoint`."""
+        return load_checkpoint(path, self)
+
+    def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
+        """Saves in the published format, with `half` in half the bytes; see `utils.checkpoint.save_checkpoint`."""
+        save_checkpoint(path, self, about, half=half)
 
 
 def find_system(name: str) -> type[Any]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import net
 from utils import InputError
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, reconstruction_loss
 from utils.scores import PUBLISHED_COLUMNS
-from zoo import Batch, Stage, check_options, option
+from zoo import Batch, Stage, System, check_options, option
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Options:
             raise InputError("--stage1-epochs and --stage2-epochs must not be both 0")
 
 
-class CDDFuseSystem(net.CDDFuse):
+class CDDFuseSystem(System, net.CDDFuse):
     label = "CDDFuse"
     skips = net.SKIPS
     smallest_side = net.SMALLEST_SIDE
@@ -112,10 +109,3 @@ class CDDFuseSystem(net.CDDFuse):
         base, detail, _ = self.encoder(torch.cat([vis, ir]))
         maps = (*base.split(1), *detail.split(1))
         return dict(zip(("base vis", "base ir", "detail vis", "detail ir"), maps, strict=True))
-
-    def load_published(self, path: Path | str) -> dict[str, Any]:
-        """Loads a file in the published format; see `utils.checkpoint.load_checkpoint`."""
-        return load_checkpoint(path, self)
-
-    def save(self, path: Path | str, about: dict[str, Any] | None = None) -> None:
-        save_checkpoint(path, self, about)

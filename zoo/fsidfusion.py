@@ -12,18 +12,16 @@ Attribute names inside the networks are the keys of published checkpoints, typos
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import net
 from utils import InputError
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.losses import SSIM_FORMS, fusion_loss, gradient_loss, reconstruction_loss
 from utils.scores import PUBLISHED_COLUMNS
-from zoo import Batch, Stage, check_options, option
+from zoo import Batch, Stage, System, check_options, option
 
 CHANNELS = 64
 
@@ -151,7 +149,7 @@ class Options:
             raise InputError("--stage1-epochs and --stage2-epochs must not be both 0")
 
 
-class FSIDFusion(nn.Module):
+class FSIDFusion(System, nn.Module):
     """The whole system: an encoder of pairs, a fusion layer for detail features, a decoder."""
 
     label = "FSIDFusion"
@@ -159,7 +157,6 @@ class FSIDFusion(nn.Module):
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     smallest_batch = 2  # batch norm behind a global mean has one value a channel and patch
-    weights = {"ivf": (), "mif": ()}
     columns = PUBLISHED_COLUMNS["fsidfusion"]
     Options = Options
 
@@ -212,10 +209,6 @@ class FSIDFusion(nn.Module):
         return self.decoder(image, features.shared, detail)[0]
 
     @staticmethod
-    def row_label(task: str, stem: str) -> str:
-        return f"FSIDFusion {stem}"
-
-    @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
         """The decoder sees the visible image or the MRI, whatever it was trained for, as published."""
         return "vis"
@@ -255,11 +248,3 @@ class FSIDFusion(nn.Module):
             Stage("reconstruction", options.stage1_epochs, pair_networks, reconstruction_losses),
             Stage("fusion", options.stage2_epochs, all_networks, fusion_losses),
         ]
-
-    def load_published(self, path: Path | str) -> dict[str, Any]:
-        """Loads a file in the published format; see `utils.checkpoint.load_checkpoint`."""
-        return load_checkpoint(path, self)
-
-    def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
-        """Saves in the published format, with `half` in half the bytes; see `utils.checkpoint.save_checkpoint`."""
-        save_checkpoint(path, self, about, half=half)

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 import net
 from utils import InputError
-from utils.checkpoint import ABOUT, load_checkpoint, save_file
+from utils.checkpoint import ABOUT, save_file
 from utils.losses import multi_branch_loss
 from utils.metrics import PAPER_TABLE
-from zoo import Batch, Stage, check_options, option
+from zoo import Batch, Stage, System, check_options, option
 
 SMALLEST_SIDE = 15  # the edge branch pools 7 x 7 after a stride of two
 BRANCH_HALO = 3  # rows beside a row that a branch looks at: three 3x3 convolutions in the cross-modal branch
@@ -321,12 +321,11 @@ class Options:
         check_options(self)
 
 
-class MLFuseSystem(nn.Module):
+class MLFuseSystem(System, nn.Module):
     label = "MLFuse"
     skips = ("none",)  # its output layer is given no image
     smallest_side = SMALLEST_SIDE
     smallest_patch = SMALLEST_SIDE
-    weights = {"ivf": (), "mif": ()}
     columns = PAPER_TABLE  # its own values come from a toolbox with other conventions
     Options = Options
     recipes = {
@@ -346,10 +345,6 @@ class MLFuseSystem(nn.Module):
         if skip not in self.skips:
             raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
         return self.network.fuse(vis, ir)
-
-    @staticmethod
-    def row_label(task: str, stem: str) -> str:
-        return f"MLFuse {stem}"
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
@@ -374,10 +369,6 @@ class MLFuseSystem(nn.Module):
             return terms
 
         return [Stage("joint", options.epochs, {"network": self.network}, losses)]
-
-    def load_published(self, path: Path | str) -> dict[str, Any]:
-        """Loads a file in the published format; see `utils.checkpoint.load_checkpoint`."""
-        return load_checkpoint(path, self)
 
     def save(self, path: Path | str, about: dict[str, Any] | None = None) -> None:
         """Saves in the published format, `epoch` and `model`, without `module.` prefixes."""

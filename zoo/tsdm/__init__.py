@@ -28,7 +28,7 @@ from utils.checkpoint import load_network, save_network
 from utils.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
 from utils.distributed import is_first
 from utils.metrics import PAPER_TABLE
-from zoo import Batch, Pass, Stage, check_options, option
+from zoo import Batch, Pass, Stage, System, check_options, option
 from zoo.tsdm.losses import (
     Content,
     charbonnier_loss,
@@ -82,13 +82,13 @@ class Options:
         VISIBLE.changed(self.degrade_vis), INFRARED.changed(self.degrade_ir)
 
 
-class TSDMFusion(nn.Module):
+class TSDMFusion(System, nn.Module):
     """The whole system: teacher, student, and the discriminator that only training needs."""
 
     label = "TSDM-Fusion"
     # Nothing is given to a decoder here; what can be chosen is how images are padded to whole windows.
     skips = PADDINGS
-    weights = {"ivf": (), "mif": ()}
+    stretched = False  # its images are in the range of its sources already
     columns = PAPER_TABLE
     smallest_side = 1
     smallest_patch = 11  # the window of the SSIM loss
@@ -114,10 +114,6 @@ class TSDMFusion(nn.Module):
     def acting(self) -> str:
         """The network that fuses and is saved: the one in training, or else the one that was loaded."""
         return self.in_training or self.loaded or "student"
-
-    @staticmethod
-    def row_label(task: str, stem: str) -> str:
-        return f"TSDM-Fusion {stem}"
 
     def fuse(self, vis: Tensor, ir: Tensor, skip: str = "published") -> Tensor:
         """Fuses two aligned images of one size; colour stays colour.
