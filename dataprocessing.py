@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, run_script
 from utils.degradation import INFRARED, VISIBLE
 from utils.degradation_panel import write_examples
-from utils.images import Pair, check_same_size, find_modalities, list_pairs, read_luma
+from utils.images import Pair, check_same_size, find_modalities, list_pairs, luma_of, read_colour, read_luma
 from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.saliency import visual_saliency
 
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--holdout-size", type=int, default=256, help="the middle of a held-out pair, this many pixels (default: 256)")
     add("--saliency", action="store_true", help="store saliency maps of the infrared images, which MLFuse trains on")
+    add("--colour", action="store_true", help="keep the colours of visible images, for systems that train on them")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
     add(
         "--degrade",
@@ -119,19 +120,20 @@ def prepare(args: argparse.Namespace) -> int:
         "holdout": args.holdout,
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
-    with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency) as writer:
+    with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
         for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
             try:
                 if pair in held_out:
-                    writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size))
+                    writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                     continue
-                vis, ir, *saliency = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency)
+                patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
             except (InputError, OSError) as error:
                 bad.append(pair.name)
                 tqdm.write(f"warning: {error}; left out", file=sys.stderr)
                 continue
-            good = [not any(is_low_contrast(p, args.legacy_filter) for p in both) for both in zip(vis, ir, strict=True)]
-            writer.add(*(patches[good] for patches in (vis, ir, *saliency)))
+            grey = (luma_of(patches[0]) if args.colour else patches[0], patches[1])
+            good = [not any(is_low_contrast(p, args.legacy_filter) for p in both) for both in zip(*grey, strict=True)]
+            writer.add(*(each[good] for each in patches))
             kept += sum(good)
             dropped += len(good) - sum(good)
         if not kept:
@@ -171,30 +173,43 @@ def default_out(folders: list[tuple[Path, Path]], patch_size: int, stride: int) 
     return Path("data") / f"{names}_imgsize_{patch_size}_stride_{stride}.h5"
 
 
-def read_middle(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(pair: Pair, colour: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Visible and infrared luma, float32 (H, W) in [0, 255]; on request the visible one in colour, (H, W, 3).
+
+    Raises:
+        InputError: unreadable, or of two sizes.
+    """
+    vis, ir = (read_colour if colour else read_luma)(pair.vis), read_luma(pair.ir)
+    check_same_size(pair, vis, ir)
+    return vis, ir
+
+
+def read_middle(pair: Pair, size: int, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The middle of a pair, at most size x size: float32 in [0, 255] each.
 
     Raises:
         InputError: unreadable, of two sizes, or too small to be scored.
     """
-    vis, ir = read_luma(pair.vis), read_luma(pair.ir)
-    check_same_size(pair, vis, ir)
-    if min(vis.shape) < SMALLEST_SCORED:
+    vis, ir = read_pair(pair, colour)
+    if min(ir.shape) < SMALLEST_SCORED:
         raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}; a pair to validate on needs {SMALLEST_SCORED}")
-    top, left = (max(0, side - size) // 2 for side in vis.shape)
+    top, left = (max(0, side - size) // 2 for side in ir.shape)
     middle = np.s_[top : top + size, left : left + size]
     return vis[middle], ir[middle]
 
 
-def cut_patches(pair: Pair, size: int, stride: int, *, saliency: bool = False) -> list[np.ndarray]:
+def cut_patches(
+    pair: Pair, size: int, stride: int, *, saliency: bool = False, colour: bool = False
+) -> list[np.ndarray]:
     """All patches of a pair, (N, size, size) float32 in [0, 255]: vis, ir, and on request the saliency of ir.
+
+    With `colour`, those of vis are (N, size, size, 3).
 
     Raises:
         InputError: unreadable, of two sizes, or smaller than a patch.
     """
-    vis, ir = read_luma(pair.vis), read_luma(pair.ir)
-    check_same_size(pair, vis, ir)
-    windows = patch_windows(*vis.shape, size, stride)
+    vis, ir = read_pair(pair, colour)
+    windows = patch_windows(*ir.shape, size, stride)
     if not windows:
         raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}, smaller than a patch of {size}x{size}")
     images = [vis, ir]

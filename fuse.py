@@ -78,7 +78,12 @@ class Session:
                 self.misaligned[name] = str(shift)
         return ir
 
-    def fuse(self, vis: Source, ir: Source, normalise: bool | Callable | None = None) -> np.ndarray:
+    @property
+    def stretched(self) -> bool:
+        return self.method.model.stretched if self.args.stretch is None else self.args.stretch
+
+    def fuse(self, vis: Source, ir: Source, normalise: Callable | None = None) -> np.ndarray:
+        """Fuses a pair; `normalise` takes the place of the stretch, where the result is stretched at all."""
         args = self.args
         return fuse_sources(
             self.method.model,
@@ -87,7 +92,7 @@ class Session:
             self.method.skip,
             colour=args.colour,
             precision=args.precision,
-            normalise=not args.no_stretch if normalise is None else normalise,
+            normalise=(normalise or True) if self.stretched else False,
         )
 
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
@@ -155,7 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="videos: how slowly the range that is stretched follows the frames; 0: at once (default: 1)",
     )
-    add("--no-stretch", action="store_true", help="do not stretch the fused image to the full range")
+    add(
+        "--stretch",
+        action=argparse.BooleanOptionalAction,
+        help="stretch the fused image to the full range (default: as the system's published test does)",
+    )
     add("--task", choices=TASKS, default="ivf", help="default: ivf")
     add("--system", choices=list(SYSTEMS), default="cddfuse", help="default: cddfuse")
     add("--weights", type=Path, metavar="FILE", help="default: that in models/ for the system and the task")
@@ -256,7 +265,7 @@ def fuse_pair(session: Session, target: Path) -> int:
     vis = read_source(args.vi)
     ir = session.register(vis, read_source(args.ir), target.name)
     fused = session.fuse(vis, ir)
-    write_image(target, fused, args.bits)
+    write_image(target, fused, bits=args.bits)
     print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {'grey' if fused.ndim == 2 else 'colour'}, {args.bits} bits")
     if args.panel:
         session.write_panel(panel_beside(target), vis, ir, fused)
@@ -278,7 +287,7 @@ def fuse_folder(session: Session, found: PairList) -> int:
                 vis = read_source(pair.vis)
                 ir = session.register(vis, read_source(pair.ir), pair.name)
                 fused = session.fuse(vis, ir)
-                write_image(target, fused, args.bits)
+                write_image(target, fused, bits=args.bits)
                 session.fused += 1
                 if args.panel:
                     session.write_panel(args.out / "panels" / f"{pair.name}.png", vis, ir, fused)
@@ -353,7 +362,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
         try:
             vis, ir = load()
             ir = session.register(vis, ir, name, check=not session.fused)
-            fused = session.fuse(vis, ir, False if args.no_stretch else steady)
+            fused = session.fuse(vis, ir, steady)
             sink.write(fused, name)
         except (ValueError, OSError, RuntimeError) as error:
             if not session.fused:  # what is wrong with the first frame is wrong with all of them
@@ -371,7 +380,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
     figures = flicker.figures()
     if figures:
         parts = [f"{name} {figures[name]:.2f}" for name in ("fused", "visible", "infrared")]
-        alone = "" if args.no_stretch else f"; {figures['alone']:.2f} if each frame were stretched alone"
+        alone = f"; {figures['alone']:.2f} if each frame were stretched alone" if session.stretched else ""
         print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{alone}")
     return bad
 

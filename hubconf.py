@@ -18,7 +18,8 @@ def cddfuse(weights=None, task="ivf", **options):
         weights: a file in the published format instead.
         task: what will be fused: "ivf", infrared and visible images, or "mif", MRI and CT, PET or SPECT.
         skip: what the decoder is given: "vis", "sum" or "none"; by default what the weights were trained with.
-        stretched: whether each fused image is stretched to [0, 1] (True, as the test scripts do), or clipped.
+        stretched: whether each fused image is stretched to [0, 1], or clipped; by default as the system's published
+            test does.
         device: "cpu" (the default), "cuda", ...
 
     Returns:

@@ -25,7 +25,9 @@ IVF = Benchmark(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, IVF, SYSTEMS)
-    return run_script(lambda args: run_benchmark(args, IVF, find_system(args.system)), parser.parse_args(argv))
+    return run_script(
+        lambda args: run_benchmark(args, IVF, [find_system(name) for name in args.system]), parser.parse_args(argv)
+    )
 
 
 if __name__ == "__main__":

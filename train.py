@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from utils import InputError, check_writable, git_commit, run_script
 from utils.distributed import from_first, is_first, local_device, process_group, ranks
-from utils.images import write_grey
+from utils.images import write_image
 from utils.inference import PRECISIONS, keep_freed_memory, pick_device
 from utils.monitor import Curves, draw_panel, validate
 from utils.patches import PatchDataset
@@ -173,7 +173,7 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     if args.data is None and args.task != "ivf":
         raise InputError(f"--task {args.task} needs a --data file; make one with `python dataprocessing.py`")
     args.data = args.data or DATA
-    dataset = PatchDataset(args.data)
+    dataset = PatchDataset(args.data, colour=system.takes_colour)
     check_batches(options, system, dataset, args.data)
     settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
     settings |= {"patches": len(dataset), "patches_digest": dataset.digest}
@@ -289,7 +289,7 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
             panel = draw_panel(run.model, args.task, pairs)
         line["validation"] = {"losses": losses, "metrics": metrics}
         text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-        write_grey(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
+        write_image(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
         if stage is run.stages[-1]:
             run.save_best(losses["total"])
         if curves:

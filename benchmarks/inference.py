@@ -29,7 +29,7 @@ import torch
 from benchmarks.metrics import made_pair, processor
 from tests import reference_net
 from utils import git_commit
-from utils.inference import fuse_arrays, keep_freed_memory, pick_device, to_grey, to_network
+from utils.inference import fuse_arrays, keep_freed_memory, pick_device, to_levels, to_network
 from utils.memory import resident_memory
 from zoo.cddfuse import CDDFuseSystem
 
@@ -63,7 +63,7 @@ def made_model(device: torch.device) -> CDDFuseSystem:
 @torch.inference_mode()
 def transcribed(model: CDDFuseSystem, vis: np.ndarray, ir: np.ndarray) -> np.ndarray:
     device = next(model.parameters()).device
-    return to_grey(reference_net.CDDFuse.like(model).fuse(to_network(vis, device), to_network(ir, device)))
+    return to_levels(reference_net.CDDFuse.like(model).fuse(to_network(vis, device), to_network(ir, device)))
 
 
 def sides(model: CDDFuseSystem, vis: np.ndarray, ir: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:

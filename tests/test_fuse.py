@@ -145,10 +145,10 @@ def test_a_bad_pair_is_named_and_left_out_and_the_rest_is_done(data, tmp_path, c
 
 
 def test_a_folder_run_that_is_ended_lists_what_it_has_done(data, tmp_path, capsys, monkeypatch):
-    def ended(path, *rest):
+    def ended(path, *rest, **options):
         if path.stem == "b":
             signal.raise_signal(signal.SIGTERM)
-        write_image(path, *rest)
+        write_image(path, *rest, **options)
 
     monkeypatch.setattr(fuse, "write_image", ended)
     code, _, _ = run(capsys, data / "ir", data / "vi", tmp_path / "out", "--list", tmp_path / "pairs.json")

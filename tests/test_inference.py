@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.inference import operations_per_pixel
 from utils import InputError
-from utils.inference import fuse_arrays, pick_device, stretch, to_grey, to_network
+from utils.inference import fuse_arrays, pick_device, stretch, to_levels, to_network
 from zoo.cddfuse import CDDFuseSystem
 
 
@@ -23,7 +23,7 @@ def test_conversion_to_the_network_and_back_keeps_every_level():
     levels = np.arange(256, dtype=np.float32).reshape(16, 16)
     tensor = to_network(levels)
     assert tensor.shape == (1, 1, 16, 16) and tensor.max() == 1
-    np.testing.assert_array_equal(np.floor(to_grey(tensor) + 0.5), levels)
+    np.testing.assert_array_equal(np.floor(to_levels(tensor) + 0.5), levels)
 
 
 def test_stretch_is_of_each_image():

@@ -15,7 +15,7 @@ import torch
 import dataprocessing
 from tests.conftest import write_pair
 from utils import ROOT, InputError
-from utils.images import read_grey, read_luma
+from utils.images import read_colour, read_grey, read_luma
 from utils.patches import PatchDataset, PatchWriter, batches_in_epoch, is_low_contrast, random_batches
 from utils.saliency import visual_saliency
 
@@ -336,3 +336,37 @@ def test_saliency_patches_are_cut_from_the_map_of_the_whole_image(folder, tmp_pa
     assert batch.ir_saliency.shape == batch.ir.shape and batch.vis_saliency is None
     with pytest.raises(InputError, match="compact"):
         PatchWriter(out, 32, "published", saliency=True)
+
+
+# ---- colour ----------------------------------------------------------------------------------------------
+
+
+def test_colour_patches_are_those_of_the_file_and_their_grey_is_that_of_a_grey_file(folder, tmp_path):
+    options = ["--holdout", "3", "--holdout-size", "50"]
+    assert prepare(folder, tmp_path / "colour.h5", "--colour", *options) == 0
+    assert prepare(folder, tmp_path / "grey.h5", *options) == 0
+    colour, grey = PatchDataset(tmp_path / "colour.h5", colour=True), PatchDataset(tmp_path / "grey.h5", colour=True)
+    levels = read_colour(folder / "vi/10.png")
+    np.testing.assert_array_equal(colour.vis[6 + 5], levels[20:52, 40:72])
+    torch.testing.assert_close(colour[11][0], torch.from_numpy(levels[20:52, 40:72] / 255).movedim(-1, 0))
+    np.testing.assert_array_equal(colour.held_out[0].vis, read_colour(folder / "vi/02.png")[7:57, 11:61])
+    # A system that takes no colour sees the grey file.
+    as_grey = PatchDataset(tmp_path / "colour.h5")
+    assert as_grey.digest == grey.digest and colour.digest != grey.digest
+    np.testing.assert_array_equal(as_grey.held_out[0].vis, grey.held_out[0].vis)
+    np.testing.assert_array_equal(as_grey.held_out[0].ir, colour.held_out[0].ir)
+
+
+def test_random_batches_keep_colours_on_their_pixels(tmp_path):
+    ir = np.random.default_rng(0).integers(200, size=(4, 9, 9)).astype(np.float32)
+    with PatchWriter(tmp_path / "c.h5", 9, colour=True) as writer:
+        writer.add(np.stack([ir, ir + 20, ir + 40], axis=-1), ir)
+    for batch in random_batches(PatchDataset(tmp_path / "c.h5", colour=True), 2, (0,), crop=5, flips=True):
+        assert batch.vis.shape == (2, 3, 5, 5)
+        for channel in range(3):
+            torch.testing.assert_close(batch.vis[:, channel], batch.ir[:, 0] + 20 * channel / 255)
+
+
+def test_colour_has_no_place_in_the_published_layout(folder, tmp_path, capsys):
+    assert prepare(folder, tmp_path / "p.h5", "--colour", "--layout", "published") == 2
+    assert "colour is stored in the layout compact" in capsys.readouterr().err

@@ -46,7 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--task", choices=TASKS, default="ivf", help="the images it will fuse (default: ivf)")
     add("--weights", type=Path, metavar="FILE", help="default: those in models/ for the system and the task")
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
-    add("--no-stretch", action="store_true", help="clip to [0, 1] instead of stretching each image: for video")
+    add(
+        "--stretch",
+        action=argparse.BooleanOptionalAction,
+        help="stretch each fused image to the full range; --no-stretch clips, for video (default: as published)",
+    )
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: onnx pt2 (torch.export)")
     add("--out", type=Path, default=Path("exported"), metavar="DIR", help="default: exported")
     add("--debug", action="store_true", help="show tracebacks")
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_for_onnx(package)
     check_writable(args.out)
-    fuser = load_fuser(find_system(args.system), args.task, args.weights, args.skip, stretched=not args.no_stretch)
+    fuser = load_fuser(find_system(args.system), args.task, args.weights, args.skip, stretched=args.stretch)
     about = fuser.about() | {"smallest_side": SMALLEST_SIDES[args.system], "commit": git_commit()}
     program = trace(fuser, SMALLEST_SIDES[args.system])
     writers: dict[str, Callable[..., Callable[[Tensor, Tensor], Tensor]]] = {"onnx": write_onnx, "pt2": write_pt2}

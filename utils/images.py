@@ -69,6 +69,17 @@ def grey_of_frame(bgr: np.ndarray) -> np.ndarray:
     return np.round(_luma(bgr))
 
 
+def grey_of(image: np.ndarray) -> np.ndarray:
+    """Grey levels of an 8-bit image, by the rule of `read_grey`: (H, W), or (H, W, 3), red first -> float32 (H, W)."""
+    return image.astype(np.float32) if image.ndim == 2 else np.round(luma_of(image))
+
+
+def luma_of(image: np.ndarray) -> np.ndarray:
+    """What `read_luma` reads of colours: (..., H, W, 3), red first -> float32 (..., H, W), in the same range."""
+    bgr = image[..., ::-1].reshape(-1, image.shape[-2], 3)  # any number of images is one high one
+    return _luma(bgr).reshape(image.shape[:-1])
+
+
 def _luma(bgr: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
 
@@ -143,8 +154,10 @@ def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False, bits
     _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
 
 
-def write_colour(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
+def write_colour(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
     """Writes (H, W, 3) colours, red first, as 8 or 16 bits, rounded half up and clipped, whole or not at all.
+
+    Arguments as of `write_grey`.
 
     Raises:
         InputError: the array is not (H, W, 3), holds NaN, or the format is unknown or has no 16 bits.
@@ -153,12 +166,13 @@ def write_colour(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
     if image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"{path}: a colour image must be (H, W, 3), got {image.shape}")
     check_format(path, bits)
-    _write(path, to_uint16(image[..., ::-1]) if bits == 16 else to_uint8(image[..., ::-1]))
+    image = image[..., ::-1]
+    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
 
 
-def write_image(path: Path | str, image: np.ndarray, bits: int = 8) -> None:
+def write_image(path: Path | str, image: np.ndarray, *, truncate: bool = False, bits: int = 8) -> None:
     """`write_grey` for (H, W), `write_colour` for everything else."""
-    (write_grey if image.ndim == 2 else write_colour)(path, image, bits=bits)
+    (write_grey if image.ndim == 2 else write_colour)(path, image, truncate, bits)
 
 
 def check_format(path: Path, bits: int = 8) -> None:
@@ -250,7 +264,7 @@ class Pair(NamedTuple):
 
 
 def check_same_size(pair: Pair, vis: np.ndarray, ir: np.ndarray) -> None:
-    if vis.shape != ir.shape:
+    if vis.shape[:2] != ir.shape[:2]:
         sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
         raise InputError(
             f"{pair.vis} is {sizes[0]} but {pair.ir} is {sizes[1]} (width x height); "

@@ -73,14 +73,16 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
 
-def to_network(grey: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """Grey levels (H, W) in [0, 255] -> (1, 1, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(grey, dtype=np.float32) / np.float32(255)).to(device)[None, None]
+def to_network(levels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Levels (H, W) in [0, 255] -> (1, 1, H, W) float32 in [0, 1]; colours (H, W, 3) -> (1, 3, H, W)."""
+    planes = levels[None] if levels.ndim == 2 else np.moveaxis(levels, -1, 0)
+    return torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32) / np.float32(255)).to(device)[None]
 
 
-def to_grey(image: Tensor) -> np.ndarray:
-    """(1, 1, H, W) in [0, 1] -> grey levels (H, W) float32 in [0, 255], not rounded."""
-    return image[0, 0].float().mul(255).cpu().numpy()
+def to_levels(image: Tensor) -> np.ndarray:
+    """The inverse of `to_network`: float32, not rounded."""
+    levels = image[0].float().mul(255).cpu().numpy()
+    return levels[0] if len(levels) == 1 else np.ascontiguousarray(np.moveaxis(levels, 0, -1))
 
 
 def stretch(image: Tensor) -> Tensor:
@@ -103,12 +105,12 @@ def fuse_arrays(
     max_memory: int | None = None,
     scratch: Path | None = None,
 ) -> np.ndarray:
-    """Fuses two grey images with a system of the zoo. The result does not depend on the memory that it may take.
+    """Fuses two images with a system of the zoo. The result does not depend on the memory that it may take.
 
     Args:
         model: the system, in evaluation mode, on the device to use.
-        vis: visible or MRI, (H, W) in [0, 255].
-        ir: infrared, CT, PET or SPECT, same shape.
+        vis: visible or MRI, (H, W) in [0, 255]; also (H, W, 3), red first, where the system takes colour.
+        ir: infrared, CT, PET or SPECT, (H, W).
         skip: what the decoder is given; one of `model.skips`.
         normalise: stretch the result to the full range; without it, values beyond the range are clipped. Or a
             function of the system's image (1, 1, H, W) that does it in another way, such as `utils.video.RunningRange`.
@@ -117,20 +119,20 @@ def fuse_arrays(
         scratch: folder of the temporary files in which feature maps lie that do not fit; None: the system's.
 
     Returns:
-        float32 (H, W) in [0, 255].
+        float32 in [0, 255], the shape of `vis`.
 
     Raises:
         InputError: a side is shorter than `model.smallest_side`, the memory allowed is too small whatever is done,
             or the disk has no room for feature maps.
     """
-    if min(vis.shape) < model.smallest_side:
-        raise InputError(f"{model.label} needs sides of at least {model.smallest_side} pixels, got {vis.shape}")
+    if min(ir.shape) < model.smallest_side:
+        raise InputError(f"{model.label} needs sides of at least {model.smallest_side} pixels, got {ir.shape}")
     device = next(model.parameters()).device
     if max_memory and device.type == "cpu":
         give_back_freed_memory()
     free = memory_to_take(device, max_memory)
     while True:
-        plan = plan_for(model, vis.shape, free, device, precision)
+        plan = plan_for(model, ir.shape, free, device, precision)
         host_room = memory_left() // 2 if device.type != "cpu" else 0
         workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
         try:
@@ -180,8 +182,8 @@ def run_plan(
     with net.strips(plan.pixels, workspace), autocast(device, precision):
         fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
     if callable(normalise):
-        return to_grey(normalise(fused))
-    return to_grey(stretch(fused) if normalise else fused.clamp(0, 1))
+        return to_levels(normalise(fused))
+    return to_levels(stretch(fused) if normalise else fused.clamp(0, 1))
 
 
 def load_system(
@@ -243,7 +245,7 @@ def load_fuser(
     weights: Path | str | None = None,
     skip: str | None = None,
     *,
-    stretched: bool = True,
+    stretched: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Fuser:
     """A `Fuser` of a system, in evaluation mode.
@@ -252,7 +254,7 @@ def load_fuser(
         system: a class of the zoo.
         task: what will be fused, "ivf" or "mif".
         weights: a file in the system's published format; by default the one in models/ for the task.
-        skip, stretched: see `Fuser`; by default the skip that suits weights and task.
+        skip, stretched: see `Fuser`; by default what suits weights, task and system.
         device: where to run.
 
     Raises:
@@ -260,4 +262,4 @@ def load_fuser(
     """
     path = system.bundled_weights(task)[-1] if weights is None else Path(weights)
     model, skip = load_system(system, path, task, skip, device)
-    return Fuser(model, path, skip, stretched).eval()
+    return Fuser(model, path, skip, model.stretched if stretched is None else stretched).eval()

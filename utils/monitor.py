@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import net
-from utils.images import one_below_another, side_by_side, to_uint8
+from utils.images import grey_of, one_below_another, side_by_side, to_uint8
 from utils.inference import autocast, fuse_arrays, to_network
 from utils.memory import CPU_PIECE_PIXELS
 from utils.metrics import PAPER_TABLE, score
@@ -47,16 +47,21 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
         with autocast(device, precision):
             terms = stage.losses(given)
         losses.append({name: value.item() for name, value in terms.items()})
-        fused = to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, precision=precision))
-        scores = score(*(image.astype(np.float32) for image in (fused, pair.ir, pair.vis)))
+        fused = fused_levels(model, pair, skip, precision)
+        scores = score(*(grey_of(image) for image in (fused, pair.ir, pair.vis)))
         metrics.append({name: scores[name] for name in PAPER_TABLE})
     model.train(training)
     return Validation(_means(losses), _means(metrics))
 
 
+def fused_levels(model: Any, pair: HeldOut, skip: str, precision: str) -> np.ndarray:
+    return to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.stretched, precision=precision))
+
+
 @torch.inference_mode()
 def draw_panel(model: Any, task: str, pairs: Sequence[HeldOut], precision: str = "float32") -> np.ndarray:
-    """A row a pair: visible, infrared, what the system shows of its features, fused; grey levels, uint8 (H, W).
+    """A row a pair: visible, infrared, what the system shows of its features, fused; uint8 (H, W), or (H, W, 3) where
+    the system takes colour and a pair has some.
 
     Feature maps are the mean magnitude over channels, each stretched to the full range.
     """
@@ -66,8 +71,7 @@ def draw_panel(model: Any, task: str, pairs: Sequence[HeldOut], precision: str =
     rows = []
     for pair in pairs[:PANEL_PAIRS]:
         shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir)]
-        shown.append(to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, precision=precision)))
-        rows.append(side_by_side(shown))
+        rows.append(side_by_side([*shown, fused_levels(model, pair, skip, precision)]))
     model.train(training)
     return one_below_another(rows)
 
@@ -115,7 +119,7 @@ class Curves:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         if self.writer is not None:
-            self.writer.add_image(name, image, step, dataformats="HW")
+            self.writer.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
     def __enter__(self) -> Curves:
         return self

@@ -111,6 +111,8 @@ def fuse_sources(
 ) -> np.ndarray:
     """Fuses the grey levels of two sources of one size, and gives the result the colours of those that have some.
 
+    A system that takes colour is given that of the visible source and sees to it itself.
+
     Args:
         model, skip, normalise, precision: as of `utils.inference.fuse_arrays`.
         colour: which sources may give theirs: "both", "vis", "ir", or "none" for a grey result.
@@ -118,7 +120,10 @@ def fuse_sources(
     Returns:
         float32 in [0, 255]: (H, W, 3), red first, or (H, W) where no source that may has colour.
     """
-    fused = fuse_arrays(model, vis.grey, ir.grey, skip, normalise=normalise, precision=precision)
+    given = vis.colour if model.takes_colour and vis.colour is not None and colour in ("both", "vis") else vis.grey
+    fused = fuse_arrays(model, given, ir.grey, skip, normalise=normalise, precision=precision)
+    if fused.ndim == 3:
+        return np.clip(fused, 0, 255)
     asked = {"both": (vis, ir), "vis": (vis,), "ir": (ir,), "none": ()}[colour]
     colours = [source.colour for source in asked if source.colour is not None]
     # Clipped here, not where files are written: a panel and a video show the same colours as an image file.

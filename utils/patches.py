@@ -4,11 +4,13 @@ Two layouts are read:
 
 - compact (what we write): `vis` and `ir`, each one chunked, compressed uint8 array (N, H, W), and on request
   `ir_saliency`, cut from the saliency maps of the whole infrared images; attributes say where the patches come from.
+  Visible patches may be in colour, (N, H, W, 3), red first; systems that train on grey ones are given those.
 - published: groups `vis_patchs` and `ir_patchs` (spelt so) with one float32 dataset (1, H, W) in [0, 1] a patch,
   named by its running number.
 
 Either may also hold pairs that were kept out of the training: a group `validation` with one uint8 array
-(2, H, W), visible and infrared, a pair. Readers of the published layout do not look at it.
+(2, H, W), visible and infrared, a pair, or (4, H, W) where the visible one is in colour. Readers of the published
+layout do not look at it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils import InputError, whole_file
+from utils.images import grey_of
 
 LAYOUTS = ("compact", "published")
 _GROUPS = {"vis": "vis_patchs", "ir": "ir_patchs"}
@@ -36,7 +39,10 @@ _SALIENCY = "ir_saliency"
 
 
 class Batch(NamedTuple):
-    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps where the patch file has them."""
+    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps where the patch file has them.
+
+    Visible ones are (B, 3, H, W) where the system takes colour and the file has some.
+    """
 
     vis: Tensor
     ir: Tensor
@@ -55,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """A pair that no patch was cut from: grey levels, uint8 (H, W) each."""
+    """A pair that no patch was cut from: grey levels, uint8 (H, W) each; colour, (H, W, 3), as in the patches."""
 
     name: str
     vis: np.ndarray
@@ -91,6 +97,7 @@ class PatchWriter:
         layout: "compact" or "published".
         about: attributes stored in the file: plain strings and numbers.
         saliency: whether `add` is given saliency maps as well; compact layout only.
+        colour: whether visible patches are in colour; compact layout only.
     """
 
     def __init__(
@@ -101,11 +108,14 @@ class PatchWriter:
         about: dict | None = None,
         *,
         saliency: bool = False,
+        colour: bool = False,
     ) -> None:
         if layout not in LAYOUTS:
             raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        if saliency and layout != "compact":
-            raise InputError(f"saliency maps are stored in the layout compact, not in {layout!r}")
+        if (saliency or colour) and layout != "compact":
+            what = "saliency maps are" if saliency else "colour is"
+            raise InputError(f"{what} stored in the layout compact, not in {layout!r}")
+        self.colour = colour
         self.names = ("vis", "ir", _SALIENCY) if saliency else ("vis", "ir")
         self.path, self.size, self.layout, self.about = Path(path), size, layout, about or {}
         self.count = 0
@@ -117,7 +127,7 @@ class PatchWriter:
             if self.layout == "published":
                 self._file.create_group(_GROUPS[name])
             else:
-                shape = (self.size, self.size)
+                shape = (self.size, self.size, 3) if name == "vis" and self.colour else (self.size, self.size)
                 self._file.create_dataset(
                     name, (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
                 )
@@ -128,7 +138,8 @@ class PatchWriter:
         """Appends patches (N, size, size) of grey levels in [0, 255]; compact rounds them half to even.
 
         Args:
-            arrays: visible, infrared, and where the file has them the saliency of the infrared.
+            arrays: visible, (N, size, size, 3) where the file has colour; infrared; where the file has saliency
+                maps, those of the infrared.
         """
         for name, patches in zip(self.names, arrays, strict=True):
             if self.layout == "published":
@@ -141,9 +152,9 @@ class PatchWriter:
         self.count += len(arrays[0])
 
     def hold_out(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
-        """Stores a pair (H, W) of grey levels in [0, 255] for validation, rounded half to even."""
+        """Stores a pair (H, W) of levels in [0, 255] for validation, rounded half to even; vis also (H, W, 3)."""
         group = self._file.require_group(_VALIDATION)
-        pair = np.round(np.stack([vis, ir])).astype(np.uint8)
+        pair = np.round(np.stack([*([vis] if vis.ndim == 2 else np.moveaxis(vis, -1, 0)), ir])).astype(np.uint8)
         group.create_dataset(f"{len(group):06d}", data=pair, compression="gzip").attrs["name"] = name
 
     def __exit__(
@@ -158,10 +169,14 @@ class PatchWriter:
 class PatchDataset(Dataset):
     """Patches of a file in either layout: `dataset[i]` is (vis, ir), float32 (1, H, W) in [0, 1] each.
 
+    Args:
+        path: the file.
+        colour: take visible patches as they are, (3, H, W) where they have colour; otherwise their grey levels.
+
     All patches are held in memory in the type of the file (MSRS in the compact layout: about 0.2 GB).
 
     Attributes:
-        vis, ir: the patches as stored, (N, H, W).
+        vis, ir: the patches as stored, (N, H, W), or (N, H, W, 3).
         ir_saliency: saliency maps of the infrared ones, the same; None where the file has none.
         held_out: the pairs that were kept for validation.
         about: what the file says of itself.
@@ -171,7 +186,7 @@ class PatchDataset(Dataset):
         InputError: not a patch file, damaged, empty, or unequal numbers of patches.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, colour: bool = False) -> None:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no patch file at {path}; make one with `python dataprocessing.py --out {path}`")
@@ -181,15 +196,16 @@ class PatchDataset(Dataset):
                 saliency = file[_SALIENCY][:] if _SALIENCY in file else None
                 self.about = {key: _plain(value) for key, value in file.attrs.items()}
                 pairs = file.get(_VALIDATION, {})
-                self.held_out = [HeldOut(str(pairs[key].attrs["name"]), *pairs[key][:]) for key in sorted(pairs)]
+                self.held_out = [_read_held_out(pairs[key], colour) for key in sorted(pairs)]
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise InputError(
                 f"{path} is not a readable patch file ({error}); make it again with `python dataprocessing.py`"
             ) from error
-        if vis.shape != ir.shape or vis.ndim != 3 or not len(vis):
+        if vis.shape not in (ir.shape, (*ir.shape, 3)) or ir.ndim != 3 or not len(vis):
             raise InputError(
                 f"{path} holds visible patches {vis.shape} and infrared patches {ir.shape}, which must be equally many "
-                "(N, H, W) and at least one; make it again with `python dataprocessing.py`"
+                "(N, H, W), visible ones also (N, H, W, 3), and at least one; "
+                "make it again with `python dataprocessing.py`"
             )
         if any(array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1) for array in (vis, ir)):
             raise InputError(
@@ -200,6 +216,8 @@ class PatchDataset(Dataset):
                 f"{path} holds saliency maps {saliency.shape} for infrared patches {ir.shape}; "
                 "make it again with `python dataprocessing.py --saliency`"
             )
+        if vis.ndim == 4 and not colour:
+            vis = np.stack([grey_of(patch).astype(np.uint8) for patch in vis])
         self.vis, self.ir = torch.from_numpy(vis), torch.from_numpy(ir)
         self.ir_saliency = None if saliency is None else torch.from_numpy(saliency)
 
@@ -207,7 +225,8 @@ class PatchDataset(Dataset):
         return len(self.vis)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return to_unit(self.vis[index])[None], to_unit(self.ir[index])[None]
+        vis, ir = (to_unit(patches[index : index + 1])[0] for patches in (self.vis, self.ir))
+        return vis, ir
 
     @functools.cached_property
     def digest(self) -> str:
@@ -230,12 +249,13 @@ class PatchDataset(Dataset):
     @property
     def size(self) -> int:
         """Shorter side of the patches."""
-        return min(self.vis.shape[1:])
+        return min(self.ir.shape[1:])
 
 
 def to_unit(patches: Tensor) -> Tensor:
-    """Patches as stored -> float32 in [0, 1]."""
-    return patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+    """Patches as stored, (B, H, W) or (B, H, W, 3) -> float32 in [0, 1], (B, 1, H, W) or (B, 3, H, W)."""
+    unit = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+    return unit[:, None] if unit.ndim == 3 else unit.movedim(-1, 1).contiguous()
 
 
 def random_batches(
@@ -270,10 +290,10 @@ def random_batches(
     rng = np.random.default_rng(seed)
     wanted = batches * batch_size or len(dataset)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(-(-wanted // len(dataset)))])[:wanted]
-    height, width = ((crop or side) for side in dataset.vis.shape[1:])
+    height, width = ((crop or side) for side in dataset.ir.shape[1:])
     # Everything is drawn first: the batch that is asked for does not depend on where the epoch is begun.
     tops, lefts = (rng.integers(whole - side + 1, size=wanted) for whole, side in
-                   zip(dataset.vis.shape[1:], (height, width), strict=True))  # fmt: skip
+                   zip(dataset.ir.shape[1:], (height, width), strict=True))  # fmt: skip
     flip_rows, flip_columns, turn = rng.integers(2, size=(3, wanted)).astype(bool) & flips
     turn &= height == width
     index, count = part
@@ -290,7 +310,7 @@ def random_batches(
         y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
         n, y, x = (torch.from_numpy(axis).to(dataset.vis.device) for axis in (order[take, None, None], y, x))
         sources = Batch(dataset.vis, dataset.ir, ir_saliency=dataset.ir_saliency)
-        yield sources.each(lambda source, where=(n, y, x): to_unit(source[where])[:, None])
+        yield sources.each(lambda source, where=(n, y, x): to_unit(source[where]))
 
 
 def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: int = 1) -> int:
@@ -304,6 +324,12 @@ def _read_patches(file: h5py.File, name: str) -> np.ndarray:
     group = file[_GROUPS[name]]
     # Numbers, not text: HDF5 lists 10 before 2, and both groups must come in one order.
     return np.concatenate([group[key][:] for key in sorted(group, key=int)]) if len(group) else np.empty((0, 0, 0))
+
+
+def _read_held_out(stored: h5py.Dataset, colour: bool) -> HeldOut:
+    *vis, ir = stored[:]
+    image = vis[0] if len(vis) == 1 else np.stack(vis, axis=-1)
+    return HeldOut(str(stored.attrs["name"]), image if colour else grey_of(image).astype(np.uint8), ir)
 
 
 def _plain(value: object) -> object:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from utils import (
     git_commit,
     in_checkout,
 )
+from utils.degradation import degrade_pair
 from utils.images import (
     Pair,
     PairList,
@@ -38,13 +39,14 @@ from utils.images import (
     is_coloured,
     list_flat_pairs,
     list_pairs,
+    luma_of,
     modalities_in,
     read_colour,
     read_grey,
     to_uint8,
     with_colour_of,
     write_colour,
-    write_grey,
+    write_image,
 )
 from utils.inference import PRECISIONS, fuse_arrays, load_system, pick_device
 from utils.manifests import SHOWN, list_digest, pair_digest
@@ -83,6 +85,15 @@ class Method:
     sha256: str
 
 
+class Given(NamedTuple):
+    """What is read of a pair: its grey levels, to score against, and what the system is given to fuse."""
+
+    vis: np.ndarray
+    ir: np.ndarray
+    vis_to_fuse: np.ndarray
+    ir_to_fuse: np.ndarray
+
+
 def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems: Iterable[str]) -> None:
     sets = " ".join(benchmark.sets)
     add = parser.add_argument
@@ -106,7 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         metavar=("VIS", "IR"),
         help="for --pairs flat: what comes before the number, visible or MRI first, such as: mrict ct",
     )
-    add("--weights", type=Path, nargs="+", metavar="FILE", help="default: those in models/ for the system and the task")
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="default: those in models/ for the system and the task; for several systems one file each, in their order",
+    )
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add(
@@ -123,7 +140,18 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         f"{', '.join(PUBLISHED_COLUMNS)} (default: those of the system). metrics.csv has all twelve",
     )
     add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
-    add("--no-stretch", action="store_true", help="do not stretch each fused image to the full range")
+    add(
+        "--stretch",
+        action=argparse.BooleanOptionalAction,
+        help="stretch each fused image to the full range (default: as published, which is yes for all but tsdm)",
+    )
+    add(
+        "--degrade",
+        type=int,
+        metavar="SEED",
+        help="damage the pairs first, as TSDM-Fusion is trained to undo (noise, blur, low contrast, JPEG), and score "
+        "against the undamaged ones; one seed damages a set in one way, whatever is fused with",
+    )
     add(
         "--legacy-rounding",
         action="store_true",
@@ -134,18 +162,20 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
     add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
     add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
-    add("--system", choices=list(systems), default="cddfuse", help="default: cddfuse")
+    add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
     add("--debug", action="store_true", help="show tracebacks")
 
 
-def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) -> int:
+def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[Any]) -> int:
     """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
     device = pick_device(args.device)
     # Everything that can be wrong is looked at before the first image is fused.
-    columns = choose_columns(args.columns) if args.columns else system.columns
+    columns = choose_columns(args.columns) if args.columns else systems[0].columns
+    if args.degrade is not None and args.degrade < 0:
+        raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
     test_sets = find_sets(args, benchmark)
-    paths = args.weights or system.bundled_weights(benchmark.task)
-    methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
+    methods = [load_method(path, system, device, args.skip, benchmark)
+               for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
     stems = [method.weights.stem for method in methods]
     refuse_repeated("--weights", "files", stems)
     refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
@@ -158,7 +188,9 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
             print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
         sheets: list[ScoreSheet] = []
         for method in methods:
-            folder = args.out / method.weights.stem / test_set.name
+            # Damaged sources have a folder of their own: they do not take the place of the others.
+            damaged = "" if args.degrade is None else f"_degraded_{args.degrade}"
+            folder = args.out / method.weights.stem / f"{test_set.name}{damaged}"
             started = time.perf_counter()
             sheet = fuse_set(method, test_set, folder, args)
             incomplete |= len(sheet.images) < len(test_set.found.pairs)
@@ -169,7 +201,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
                 "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
                 "system": method.model.label, "weights": str(method.weights),
                 "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
-                "stretch": not args.no_stretch, "legacy_rounding": args.legacy_rounding,
+                "stretch": stretched(method, args), "legacy_rounding": args.legacy_rounding, "degrade": args.degrade,
                 "device": str(device), "precision": args.precision,
                 "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
                 "numpy": np.__version__, "commit": commit, "images": sheet.digest,
@@ -180,7 +212,8 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
             continue
         if args.baselines:
             sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
-        print(format_table(test_set.name, sheets, columns))
+        damaged = "" if args.degrade is None else f", degraded with seed {args.degrade}"
+        print(format_table(f"{test_set.name}{damaged}", sheets, columns))
         for line in format_excluded(sheets, columns):
             print(line)
         used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
@@ -194,6 +227,27 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
     for stem in stems:
         print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
     return EXIT_BAD_INPUT if incomplete else 0
+
+
+def files_of(systems: list[Any], weights: list[Path] | None, task: str) -> list[tuple[Any, Path]]:
+    """The rows of a table, as (system, weight file).
+
+    Raises:
+        InputError: weights are named that are not one file for each of several systems; or there are none.
+    """
+    if not weights:
+        return [(system, path) for system in systems for path in system.bundled_weights(task)]
+    if len(systems) == 1:
+        return [(systems[0], path) for path in weights]
+    if len(systems) != len(weights):
+        raise InputError(
+            f"--system names {len(systems)} systems and --weights {len(weights)} files; give one file for each system"
+        )
+    return list(zip(systems, weights, strict=True))
+
+
+def stretched(method: Method, args: argparse.Namespace) -> bool:
+    return method.model.stretched if args.stretch is None else args.stretch
 
 
 def refuse_repeated(option: str, what: str, names: list[str]) -> None:
@@ -266,33 +320,41 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
         first_line = str(error).splitlines()[0]
         tqdm.write(f"warning: {test_set.name}/{pair.name}: {first_line}; {fate}", file=sys.stderr)
 
-    def write_and_score(pair: Pair, vis: np.ndarray, ir: np.ndarray, fused: np.ndarray) -> None:
+    def write_and_score(pair: Pair, given: Given, fused: np.ndarray) -> None:
         fate = "left out"
         try:
             path = folder / f"{pair.name}.png"
-            write_grey(path, fused, truncate=args.legacy_rounding)
-            if args.colour:
-                write_in_colour(folder / "colour" / f"{pair.name}.png", pair, fused)
+            write_image(path, fused, truncate=args.legacy_rounding)
+            if args.colour and fused.ndim == 2:
+                write_in_colour(folder / "colour" / path.name, pair, fused)
+            if args.degrade is not None:
+                for name, image in (("vis", given.vis_to_fuse), ("ir", given.ir_to_fuse)):
+                    write_image(folder / f"given_{name}" / path.name, image)
             fate = "fused, but not scored"
-            images[pair.name] = score(read_grey(path), ir, vis, args.protocol)
-            digests.append(pair_digest(vis, ir))
+            images[pair.name] = score(read_grey(path), given.ir, given.vis, args.protocol)
+            digests.append(pair_digest(given.vis, given.ir))
         except (ValueError, OSError, RuntimeError) as error:
             name_bad_pair(pair, error, fate)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pairs = tqdm(test_set.found.pairs, desc=description, unit="pair", disable=None)
+        pairs = tqdm(list(enumerate(test_set.found.pairs)), desc=description, unit="pair", disable=None)
         finishing: deque[Future[None]] = deque()
-        for pair, reading in read_ahead(pairs, reader, most_waiting):
+
+        def read(number: int, pair: Pair) -> Given:
+            return read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
+
+        for pair, reading in read_ahead(pairs, reader, read, most_waiting):
             try:
-                vis, ir = reading.result()
+                given = reading.result()
                 fused = fuse_arrays(
-                    method.model, vis, ir, method.skip, normalise=not args.no_stretch, precision=args.precision,
-                    max_memory=args.max_memory, scratch=args.scratch,
+                    method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
+                    normalise=stretched(method, args), precision=args.precision, max_memory=args.max_memory,
+                    scratch=args.scratch,
                 )  # fmt: skip
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
                 name_bad_pair(pair, error, "left out")
                 continue
-            finishing.append(writer.submit(write_and_score, pair, vis, ir, fused))
+            finishing.append(writer.submit(write_and_score, pair, given, fused))
             while len(finishing) > most_waiting:
                 finishing.popleft().result()
         for last in finishing:
@@ -306,13 +368,34 @@ def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
         write_colour(path, with_colour_of(fused, *sources))
 
 
+def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Given:
+    """Reads a pair, and damages it where a seed is given.
+
+    Args:
+        pair: the two files.
+        colour: give the visible image in colour where it has some.
+        degrade: seed of `utils.degradation.degrade_pair`. Colours are damaged, then turned to grey where grey is
+            wanted, so that all systems are given the same scene.
+    """
+    vis, ir = pair.read()
+    shown = read_colour(pair.vis)
+    coloured = is_coloured(shown)
+    vis_to_fuse, ir_to_fuse = shown if coloured and (colour or degrade) else vis, ir
+    if degrade:
+        bad = degrade_pair(vis_to_fuse / np.float32(255), ir / np.float32(255), degrade)
+        vis_to_fuse, ir_to_fuse = (image * np.float32(255) for image in bad)
+        if coloured and not colour:
+            vis_to_fuse = np.round(luma_of(vis_to_fuse))
+    return Given(vis, ir, vis_to_fuse, ir_to_fuse)
+
+
 def read_ahead(
-    pairs: Iterable[Pair], reader: ThreadPoolExecutor, depth: int
-) -> Iterator[tuple[Pair, Future[tuple[np.ndarray, np.ndarray]]]]:
+    pairs: Iterable[tuple[int, Pair]], reader: ThreadPoolExecutor, read: Callable[[int, Pair], Given], depth: int
+) -> Iterator[tuple[Pair, Future[Given]]]:
     """Each pair with its images, `depth` of which are read before they are asked for."""
-    waiting: deque[tuple[Pair, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-    for pair in pairs:
-        waiting.append((pair, reader.submit(pair.read)))
+    waiting: deque[tuple[Pair, Future[Given]]] = deque()
+    for number, pair in pairs:
+        waiting.append((pair, reader.submit(read, number, pair)))
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting

@@ -237,7 +237,7 @@ class FrameFolder:
         pass  # each file is whole already
 
     def write(self, image: np.ndarray, name: str) -> None:
-        write_image(self.folder / self.names.get(name, name + self.suffix), image, self.bits)
+        write_image(self.folder / self.names.get(name, name + self.suffix), image, bits=self.bits)
         self.written += 1
 
     def stand_in(self) -> str:

@@ -181,7 +181,7 @@ class System:
         if task not in TASKS:
             raise InputError(f"no task is called {task!r}; it is one of: {', '.join(TASKS)}")
         if not cls.weights[task]:
-            raise InputError(f"no weights of {cls.label} come with the project; name a file in its published format")
+            raise InputError(f"no weights of {cls.label} come with the project; name a file with --weights")
         return [in_checkout("models", name) for name in cls.weights[task]]
 
     def load_published(self, path: Path | str) -> dict[str, Any]:
