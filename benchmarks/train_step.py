@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
 
-    # Memory first: its processes are forked, and must not inherit threads.
     peaks = {way: peak_memory(way, args) for way in WAYS} if args.memory else {}
     torch.set_num_threads(args.threads)
     keep_freed_memory()
