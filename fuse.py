@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, listed, run_script, whole_file
+from utils import EXIT_BAD_INPUT, InputError, check_writable, listed, run_script, whole_file
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
 from utils.images import DEEP_SUFFIXES, SUFFIXES, PairList, check_format, list_pairs, to_uint8, write_image
-from utils.inference import PRECISIONS, pick_device
+from utils.inference import PRECISIONS, find_weights, pick_device
 from utils.monitor import feature_maps, side_by_side
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
 from utils.testing import HOPELESS, Benchmark, Method, load_method
@@ -149,7 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--no-stretch", action="store_true", help="do not stretch the fused image to the full range")
     add("--task", choices=TASKS, default="ivf", help="default: ivf")
     add("--system", choices=list(SYSTEMS), default="cddfuse", help="default: cddfuse")
-    add("--weights", type=Path, metavar="FILE", help="default: that in models/ for the system and the task")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="or published (default: that in models/ for the system and the task)",
+    )
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
@@ -238,10 +243,7 @@ def open_folders(args: argparse.Namespace) -> PairList:
 
 def open_method(args: argparse.Namespace) -> Method:
     system, device = find_system(args.system), pick_device(args.device)
-    bundled = system.weights[args.task]
-    if not (args.weights or bundled):
-        raise InputError(f"no weights of {system.label} come with the project; name a file with --weights")
-    path = args.weights or in_checkout("models", bundled[-1])  # the last one is the task's own
+    path = find_weights(system, args.task, args.weights)[-1]
     return load_method(path, system, device, args.skip, Benchmark(task=args.task, sets=(), samples=()))
 
 

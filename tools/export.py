@@ -44,7 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--system", choices=SMALLEST_SIDES, default="cddfuse", help="default: cddfuse")
     add("--task", choices=TASKS, default="ivf", help="the images it will fuse (default: ivf)")
-    add("--weights", type=Path, metavar="FILE", help="default: those in models/ for the system and the task")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="or published (default: those in models/ for the system and the task)",
+    )
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add("--no-stretch", action="store_true", help="clip to [0, 1] instead of stretching each image: for video")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: onnx pt2 (torch.export)")

@@ -46,7 +46,7 @@ from utils.images import (
     write_colour,
     write_grey,
 )
-from utils.inference import PRECISIONS, fuse_arrays, load_system, pick_device
+from utils.inference import PRECISIONS, PUBLISHED, find_weights, fuse_arrays, load_system, pick_device
 from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
@@ -82,6 +82,12 @@ class Method:
     skip: str
     sha256: str
 
+    @property
+    def stem(self) -> str:
+        """The name of its results. The published files have the names of ours."""
+        fetched = self.weights.resolve().parent == in_checkout("models", PUBLISHED).resolve()
+        return self.weights.stem + (f"_{PUBLISHED}" if fetched else "")
+
 
 def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems: Iterable[str]) -> None:
     sets = " ".join(benchmark.sets)
@@ -106,7 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         metavar=("VIS", "IR"),
         help="for --pairs flat: what comes before the number, visible or MRI first, such as: mrict ct",
     )
-    add("--weights", type=Path, nargs="+", metavar="FILE", help="default: those in models/ for the system and the task")
+    add("--weights", type=Path, nargs="+", metavar="FILE",
+        help="files, or published: those of `python -m tools.download weights` (default: those in models/ for the "
+        "system and the task)")  # fmt: skip
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add(
@@ -144,13 +152,9 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
     # Everything that can be wrong is looked at before the first image is fused.
     columns = choose_columns(args.columns) if args.columns else system.columns
     test_sets = find_sets(args, benchmark)
-    paths = args.weights or [in_checkout("models", name) for name in system.weights[benchmark.task]]
-    if not paths:
-        raise InputError(
-            f"no weights of {system.label} for this task come with the project; name a file with --weights"
-        )
+    paths = [path for given in args.weights or [None] for path in find_weights(system, benchmark.task, given)]
     methods = [load_method(path, system, device, args.skip, benchmark) for path in paths]
-    stems = [method.weights.stem for method in methods]
+    stems = [method.stem for method in methods]
     refuse_repeated("--weights", "files", stems)
     refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
     check_writable(args.out)
@@ -162,7 +166,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, system: type) 
             print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
         sheets: list[ScoreSheet] = []
         for method in methods:
-            folder = args.out / method.weights.stem / test_set.name
+            folder = args.out / method.stem / test_set.name
             started = time.perf_counter()
             sheet = fuse_set(method, test_set, folder, args)
             incomplete |= len(sheet.images) < len(test_set.found.pairs)
@@ -261,7 +265,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     """
     images: dict[str, dict[str, float]] = {}
     digests: list[str] = []
-    description = f"{test_set.name}, {method.weights.stem}"
+    description = f"{test_set.name}, {method.stem}"
     most_waiting = 0 if args.max_memory else 1
 
     def name_bad_pair(pair: Pair, error: Exception, fate: str) -> None:

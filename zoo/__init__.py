@@ -18,6 +18,7 @@ A system is a class that is an `nn.Module` and has
 
 It may also have
 
+- `published`: task -> names of the published files that tools/download.py fetches, as for `weights`;
 - `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
   published code; the first one is the default, "published" where there is none;
 - `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
