@@ -326,8 +326,8 @@ def check_data(folder: Path | None) -> Iterator[Finding]:
         else:
             yield Finding("FIX", str(path), f"{verdict}; tables of it are not comparable with published ones")
     if absent:
-        yield Finding("note", "data", f"not in {root}: {', '.join(absent)} (README, Data); only their tables need them, "
-                      "and `python -m tools.download` can fetch them")  # fmt: skip
+        yield Finding("note", "data", f"not in {root}: {', '.join(absent)} (README, Data); only their tables "
+                      "need them, and `python -m tools.download` can fetch them")  # fmt: skip
 
 
 def check_memory() -> Iterator[Finding]:
