@@ -36,7 +36,7 @@ from utils.images import (
     to_uint8,
     write_image,
 )
-from utils.inference import PRECISIONS, pick_device
+from utils.inference import PRECISIONS, find_weights, pick_device
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
 from utils.testing import HOPELESS, Benchmark, Method, load_method
@@ -167,7 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--task", choices=TASKS, default="ivf", help="default: ivf")
     add("--system", choices=list(SYSTEMS), default="cddfuse", help="default: cddfuse")
-    add("--weights", type=Path, metavar="FILE", help="default: that in models/ for the system and the task")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="or published (default: that in models/ for the system and the task)",
+    )
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
@@ -256,7 +261,7 @@ def open_folders(args: argparse.Namespace) -> PairList:
 
 def open_method(args: argparse.Namespace) -> Method:
     system, device = find_system(args.system), pick_device(args.device)
-    path = args.weights or system.bundled_weights(args.task)[-1]
+    path = find_weights(system, args.task, args.weights)[-1]
     return load_method(path, system, device, args.skip, Benchmark(task=args.task, sets=(), samples=()))
 
 

@@ -15,7 +15,7 @@ def cddfuse(weights=None, task="ivf", **options):
     """CDDFuse with the weights of models/ for the task.
 
     Args:
-        weights: a file in the published format instead.
+        weights: a file in the published format instead; or "published": what tools/download.py has fetched.
         task: what will be fused: "ivf", infrared and visible images, or "mif", MRI and CT, PET or SPECT.
         skip: what the decoder is given: "vis", "sum" or "none"; by default what the weights were trained with.
         stretched: whether each fused image is stretched to [0, 1], or clipped; by default as the system's published

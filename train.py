@@ -32,7 +32,7 @@ from tqdm import tqdm
 from utils import InputError, check_writable, git_commit, run_script
 from utils.distributed import from_first, is_first, local_device, process_group, ranks
 from utils.images import write_image
-from utils.inference import PRECISIONS, keep_freed_memory, pick_device
+from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device
 from utils.monitor import Curves, draw_panel, validate
 from utils.patches import PatchDataset
 from utils.training import Run, Stop, stop_now
@@ -189,7 +189,7 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     run.compile = args.compile
     resumed = resume(run, args)
     if not resumed and args.init:
-        model.load_published(args.init)
+        model.load_published(find_weights(system, args.task, args.init)[-1])
         run.restart_average()
     if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
         raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")

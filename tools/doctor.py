@@ -64,7 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="folder of benchmark sets (default: as the test scripts look for it)")
-    add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="CDDFuse weights to check besides models/")
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="CDDFuse weights to check besides models/, or published",
+    )
     add("--record", action="store_true", help=f"write models/{ANSWERS} from the weights in models/, and exit")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -208,9 +215,27 @@ def check_weights(others: Sequence[Path]) -> Iterator[Finding]:
                           "--record` if you have trained them")  # fmt: skip
     for path in others:
         try:
-            yield Finding("ok", str(path), f"{describe(path)}, sha256 {file_sha256(path)[:12]}")
+            for file in published_or(path):
+                yield Finding("ok", str(file), f"{describe(file)}, sha256 {file_sha256(file)[:12]}")
         except (InputError, OSError) as error:
             yield Finding("FIX", str(path), str(error).removeprefix(f"{path} "))
+
+
+def published_or(path: Path) -> list[Path]:
+    """The file itself; for the word "published", the files that tools/download.py fetches.
+
+    Raises:
+        InputError: they have not been fetched, or are other files.
+    """
+    from tools.download import BLOBS, git_blob_id
+    from utils.inference import PUBLISHED, find_weights
+    from zoo import find_system
+
+    files = find_weights(find_system("cddfuse"), "mif", path)  # for medical images both files are run
+    for file in files if str(path) == PUBLISHED else []:
+        if git_blob_id(file) != BLOBS[file.name]:
+            raise InputError(f"{file} is not the published file; remove it and run `python -m tools.download weights`")
+    return files
 
 
 def describe(path: Path) -> str:
@@ -301,7 +326,8 @@ def check_data(folder: Path | None) -> Iterator[Finding]:
         else:
             yield Finding("FIX", str(path), f"{verdict}; tables of it are not comparable with published ones")
     if absent:
-        yield Finding("note", "data", f"not in {root}: {', '.join(absent)} (README, Data); only their tables need them")
+        yield Finding("note", "data", f"not in {root}: {', '.join(absent)} (README, Data); only their tables "
+                      "need them, and `python -m tools.download` can fetch them")  # fmt: skip
 
 
 def check_memory() -> Iterator[Finding]:

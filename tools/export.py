@@ -44,7 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--system", choices=SMALLEST_SIDES, default="cddfuse", help="default: cddfuse")
     add("--task", choices=TASKS, default="ivf", help="the images it will fuse (default: ivf)")
-    add("--weights", type=Path, metavar="FILE", help="default: those in models/ for the system and the task")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="or published (default: those in models/ for the system and the task)",
+    )
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add(
         "--stretch",

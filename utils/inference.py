@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import net
-from utils import InputError, file_sha256
+from utils import InputError, file_sha256, in_checkout
 from utils.memory import (
     CPU_PIECE_PIXELS,
     BoundedWorkspace,
@@ -26,6 +26,7 @@ from utils.memory import (
 )
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PUBLISHED = "published"  # for --weights; and the folder in models/ that tools/download.py fetches them to
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -186,6 +187,31 @@ def run_plan(
     return to_levels(stretch(fused) if normalise else fused.clamp(0, 1))
 
 
+def find_weights(system: type, task: str, given: Path | str | None = None) -> list[Path]:
+    """The files of weights that are meant; the last one is the one trained for the task.
+
+    Args:
+        system: a class of the zoo.
+        task: "ivf" or "mif".
+        given: a file; the word "published" for those that tools/download.py fetches; None for those in models/.
+
+    Raises:
+        InputError: there are none of the system, or the published ones have not been fetched yet.
+    """
+    if given is None:
+        return system.bundled_weights(task)
+    if str(given) != PUBLISHED or Path(given).is_file():
+        return [Path(given)]
+    names = getattr(system, "published", {}).get(task)
+    if not names:
+        raise InputError(f"where the published weights of {system.label} lie is not recorded; name a file of them")
+    paths = [in_checkout("models", PUBLISHED, name) for name in names]
+    absent = next((path for path in paths if not path.is_file()), None)
+    if absent:
+        raise InputError(f"no published weights at {absent}; run `python -m tools.download weights`")
+    return paths
+
+
 def load_system(
     system: type, weights: Path, fusing: str, skip: str | None, device: torch.device | str
 ) -> tuple[Any, str]:
@@ -253,13 +279,13 @@ def load_fuser(
     Args:
         system: a class of the zoo.
         task: what will be fused, "ivf" or "mif".
-        weights: a file in the system's published format; by default the one in models/ for the task.
+        weights: a file in the system's published format, or "published"; by default the one in models/ for the task.
         skip, stretched: see `Fuser`; by default what suits weights, task and system.
         device: where to run.
 
     Raises:
         FileNotFoundError, InputError: as `load_system`; no such task; or no weights of the system are bundled.
     """
-    path = system.bundled_weights(task)[-1] if weights is None else Path(weights)
+    path = find_weights(system, task, weights)[-1]
     model, skip = load_system(system, path, task, skip, device)
     return Fuser(model, path, skip, model.stretched if stretched is None else stretched).eval()

@@ -48,7 +48,7 @@ from utils.images import (
     write_colour,
     write_image,
 )
-from utils.inference import PRECISIONS, fuse_arrays, load_system, pick_device
+from utils.inference import PRECISIONS, PUBLISHED, find_weights, fuse_arrays, load_system, pick_device
 from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
@@ -83,6 +83,12 @@ class Method:
     label: str
     skip: str
     sha256: str
+
+    @property
+    def stem(self) -> str:
+        """The name of its results. The published files have the names of ours."""
+        fetched = self.weights.resolve().parent == in_checkout("models", PUBLISHED).resolve()
+        return self.weights.stem + (f"_{PUBLISHED}" if fetched else "")
 
 
 class Given(NamedTuple):
@@ -122,7 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="default: those in models/ for the system and the task; for several systems one file each, in their order",
+        help="files, or published: those of `python -m tools.download weights` (default: those in models/ for the "
+        "system and the task); for several systems one each, in their order",
     )
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
@@ -176,7 +183,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     test_sets = find_sets(args, benchmark)
     methods = [load_method(path, system, device, args.skip, benchmark)
                for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
-    stems = [method.weights.stem for method in methods]
+    stems = [method.stem for method in methods]
     refuse_repeated("--weights", "files", stems)
     refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
     check_writable(args.out)
@@ -190,7 +197,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
         for method in methods:
             # Damaged sources have a folder of their own: they do not take the place of the others.
             damaged = "" if args.degrade is None else f"_degraded_{args.degrade}"
-            folder = args.out / method.weights.stem / f"{test_set.name}{damaged}"
+            folder = args.out / method.stem / f"{test_set.name}{damaged}"
             started = time.perf_counter()
             sheet = fuse_set(method, test_set, folder, args)
             incomplete |= len(sheet.images) < len(test_set.found.pairs)
@@ -235,15 +242,15 @@ def files_of(systems: list[Any], weights: list[Path] | None, task: str) -> list[
     Raises:
         InputError: weights are named that are not one file for each of several systems; or there are none.
     """
-    if not weights:
-        return [(system, path) for system in systems for path in system.bundled_weights(task)]
-    if len(systems) == 1:
-        return [(systems[0], path) for path in weights]
-    if len(systems) != len(weights):
+    if weights and len(systems) not in (1, len(weights)):
         raise InputError(
             f"--system names {len(systems)} systems and --weights {len(weights)} files; give one file for each system"
         )
-    return list(zip(systems, weights, strict=True))
+    if not weights:
+        asked = [(system, None) for system in systems]
+    else:
+        asked = zip(systems * len(weights) if len(systems) == 1 else systems, weights, strict=True)
+    return [(system, path) for system, given in asked for path in find_weights(system, task, given)]
 
 
 def stretched(method: Method, args: argparse.Namespace) -> bool:
@@ -311,7 +318,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     """
     images: dict[str, dict[str, float]] = {}
     digests: list[str] = []
-    description = f"{test_set.name}, {method.weights.stem}"
+    description = f"{test_set.name}, {method.stem}"
     most_waiting = 0 if args.max_memory else 1
 
     def name_bad_pair(pair: Pair, error: Exception, fate: str) -> None:

@@ -42,6 +42,7 @@ class CDDFuseSystem(System, net.CDDFuse):
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     weights = {"ivf": ("CDDFuse_IVF.pth",), "mif": ("CDDFuse_IVF.pth", "CDDFuse_MIF.pth")}
+    published = weights  # under the same names, in a folder of their own
     columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
     # What the bundled weights were made by; a comparison with the published recipe is still to be measured.
