@@ -10,21 +10,27 @@ python fuse.py --task mif --vi mri.png --ir pet.png --out fused.png             
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, listed, run_script, whole_file
+from utils import (
+    EXIT_BAD_INPUT,
+    InputError,
+    check_writable,
+    in_checkout,
+    listed,
+    run_script,
+    sigterm_as_ctrl_c,
+    whole_file,
+)
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
 from utils.images import DEEP_SUFFIXES, SUFFIXES, PairList, check_format, list_pairs, to_uint8, write_image
 from utils.inference import PRECISIONS, pick_device
@@ -84,7 +90,7 @@ class Session:
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
         """Visible, infrared, the system's features where it shows some, fused."""
         maps = feature_maps(self.method.model, vis.grey, ir.grey)
-        panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps, to_uint8(fused)])
+        panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps.values(), to_uint8(fused)])
         write_image(path, panel)
 
     def say_what_was_seen(self) -> None:
@@ -176,7 +182,7 @@ def fuse(args: argparse.Namespace) -> int:
         refuse_sources(target, args)
         check_format(target, args.bits)
     session = Session(open_method(args), args, registration)
-    with sigterm_as_ctrl_c():
+    with sigterm_as_ctrl_c():  # videos are closed so that they play, lists are written
         if moving:
             return fuse_moving(session, found)
         return fuse_folder(session, found) if found else fuse_pair(session, target)
@@ -376,19 +382,6 @@ def mean_level(image: np.ndarray) -> float:
 
 def panel_beside(target: Path) -> Path:
     return target.with_name(f"{target.stem}_panel.png")
-
-
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """What a cluster sends ends a run as Ctrl-C does: videos are closed so that they play, lists are written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
