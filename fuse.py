@@ -10,21 +10,18 @@ python fuse.py --task mif --vi mri.png --ir pet.png --out fused.png             
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, listed, run_script, whole_file
+from utils import EXIT_BAD_INPUT, InputError, check_writable, listed, run_script, sigterm_as_ctrl_c, whole_file
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
 from utils.images import (
     DEEP_SUFFIXES,
@@ -37,6 +34,7 @@ from utils.images import (
     write_image,
 )
 from utils.inference import PRECISIONS, find_weights, pick_device
+from utils.memory import parse_size
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
 from utils.testing import HOPELESS, Benchmark, Method, load_method
@@ -92,13 +90,15 @@ class Session:
             self.method.skip,
             colour=args.colour,
             precision=args.precision,
+            max_memory=args.max_memory,
+            scratch=args.scratch,
             normalise=(normalise or True) if self.stretched else False,
         )
 
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
         """Visible, infrared, the system's features where it shows some, fused."""
         maps = feature_maps(self.method.model, vis.grey, ir.grey)
-        panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps, to_uint8(fused)])
+        panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps.values(), to_uint8(fused)])
         write_image(path, panel)
 
     def say_what_was_seen(self) -> None:
@@ -176,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
+    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(fuse, parser.parse_args(argv))
 
@@ -199,7 +201,7 @@ def fuse(args: argparse.Namespace) -> int:
         refuse_sources(target, args)
         check_format(target, args.bits)
     session = Session(open_method(args), args, registration)
-    with sigterm_as_ctrl_c():
+    with sigterm_as_ctrl_c():  # videos are closed so that they play, lists are written
         if moving:
             return fuse_moving(session, found)
         return fuse_folder(session, found) if found else fuse_pair(session, target)
@@ -396,19 +398,6 @@ def mean_level(image: np.ndarray) -> float:
 
 def panel_beside(target: Path) -> Path:
     return target.with_name(f"{target.stem}_panel.png")
-
-
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """What a cluster sends ends a run as Ctrl-C does: videos are closed so that they play, lists are written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ MIF_RUN = ("runs/cddfuse_mif/CDDFuse_MIF.pth",)
 RESULT = ("test_result/CDDFuse_IVF/TNO/metrics.json", "test_result/CDDFuse_IVF/RoadScene/1.png")
 PUBLISHED = tuple((f"models/published/{name}", f"models/{name}") for name in download.BLOBS)
 TRACES = "takes minutes; tests/test_export.py runs it"
+SERVES = "until it is ended; tests/test_app.py runs it"
 PROCESSES = "several processes or machines; tests/test_distributed.py starts two of them"
 MSRS, IVF, MIF = (("data/MSRS.h5", PATCHES),), (("data/IVF.h5", PATCHES),), (("data/MIF.h5", PATCHES),)
 COLOUR = (("data/colour.h5", "stand-ins/colour.h5"),)
@@ -71,6 +72,9 @@ COMMANDS = {
     "python -m tools.export --system mlfuse --weights model_fuse.pth": How(not_run=TRACES),
     "python -m tools.export --task mif --formats onnx --no-stretch": How(not_run=TRACES),
     "python -m tools.make_panel": How(makes=("docs/samples.png",)),
+    "python app.py": How(not_run=SERVES),
+    "python app.py --host 0.0.0.0 --max-memory 4GB": How(not_run=SERVES),
+    "python app.py --weights mine.pth model_fuse.pth": How(not_run=SERVES),
     "python dataprocessing.py --data MRI_CT MRI_PET MRI_SPECT --out data/MIF.h5": How(CUT, makes=("data/MIF.h5",)),
     "python dataprocessing.py --data MSRS_train --holdout 20 --out data/MSRS.h5": How(CUT, makes=("data/MSRS.h5",)),
     "python dataprocessing.py --data MSRS_train --saliency --out data/saliency.h5": How(
@@ -119,6 +123,7 @@ COMMANDS = {
     "python fuse.py --ir frames/ir --vi frames/vi --out fused.avi --fps 25": How(makes=("fused.avi",)),
     "python fuse.py --ir ir.mp4 --vi vi.mp4 --out fused.mkv": How(makes=("fused.mkv",), says="flicker"),
     "python fuse.py --ir ir.png --vi vi.png --out fused.png": How(makes=("fused.png",), says="colour, 8 bits"),
+    "python fuse.py --ir ir.png --vi vi.png --out fused.png --max-memory 2GB": How(makes=("fused.png",)),
     "python fuse.py --ir ir.png --vi vi.png --out fused.png --panel": How(makes=("fused_panel.png",)),
     "python fuse.py --ir ir16.png --vi vi16.png --out fused16.png --bits 16": How(says="16 bits"),
     "python fuse.py --ir small_ir.png --vi vi.png --out fused.png --homography H.txt": How(says="48x44"),

@@ -305,3 +305,17 @@ def test_a_format_without_sixteen_bits_and_nan_are_refused(tmp_path):
     with pytest.raises(InputError, match="NaN"):
         write_image(tmp_path / "image.png", np.full((4, 4), np.nan), bits=16)
     assert not list(tmp_path.iterdir())
+
+
+def test_portable_anymaps_hold_what_they_can_and_nothing_is_written_that_they_cannot(tmp_path):
+    grey = np.arange(240, dtype=np.float32).reshape(12, 20)
+    colour = np.stack([grey, grey[::-1], grey], axis=-1)
+    for name, image in (("a.pgm", grey), ("b.ppm", grey), ("c.PPM", colour)):
+        write_image(tmp_path / name, image)
+        np.testing.assert_array_equal(
+            read_colour(tmp_path / name), np.broadcast_to(image.reshape(12, 20, -1), colour.shape)
+        )
+    for name, image in (("d.pgm", colour), ("e.pbm", grey)):
+        with pytest.raises(InputError, match=name):
+            write_image(tmp_path / name, image)
+        assert not (tmp_path / name).exists()

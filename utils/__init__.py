@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,19 @@ def run_script(body: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except Exception as error:
         error.add_note("not your input's fault: `python -m tools.doctor` checks this machine; report both outputs")
         raise
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within it, what a cluster sends ends a run as Ctrl-C does. Only a main thread may ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

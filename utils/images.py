@@ -183,12 +183,19 @@ def check_format(path: Path, bits: int = 8) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(SUFFIXES))}")
+    if path.suffix.lower() == ".pbm":
+        raise InputError(f"{path}: this format has black and white alone; use .pgm or .png")
     if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
         raise InputError(f"{path}: this format has no 16 bits; use one of {' '.join(sorted(DEEP_SUFFIXES))}")
 
 
 def _write(path: Path, pixels: np.ndarray) -> None:
-    encoded = cv2.imencode(path.suffix, pixels)[1]
+    suffix = path.suffix.lower()
+    if suffix == ".ppm" and pixels.ndim == 2:  # this one format has no grey images
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    if suffix == ".pgm" and pixels.ndim == 3:
+        raise InputError(f"{path}: this format has no colours; use .ppm or .png")
+    encoded = cv2.imencode(suffix, pixels)[1]
     with whole_file(path) as temporary:
         encoded.tofile(temporary)
 

@@ -70,14 +70,14 @@ def draw_panel(model: Any, task: str, pairs: Sequence[HeldOut], precision: str =
     skip = model.default_skip(task, task)
     rows = []
     for pair in pairs[:PANEL_PAIRS]:
-        shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir)]
+        shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir).values()]
         rows.append(side_by_side([*shown, fused_levels(model, pair, skip, precision)]))
     model.train(training)
     return one_below_another(rows)
 
 
 @torch.inference_mode()
-def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray]:
+def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.ndarray]:
     """What a system shows of its features of a pair, for a panel; nothing where it shows none.
 
     Args:
@@ -85,14 +85,14 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> list[np.ndarray
         vis, ir: grey levels (H, W) in [0, 255].
 
     Returns:
-        uint8 (H, W) each: the mean magnitude over channels, stretched to the full range.
+        By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, stretched to the full range.
     """
     if not hasattr(model, "features"):
-        return []
+        return {}
     device = next(model.parameters()).device
     with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else 0):
         maps = model.features(to_network(vis, device), to_network(ir, device))
-    return [_stretched(value) for value in maps.values()]
+    return {name: _stretched(value) for name, value in maps.items()}
 
 
 class Curves:

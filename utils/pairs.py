@@ -66,6 +66,10 @@ class Registration:
 
     resize_ir: bool = False
     homography: np.ndarray | None = None
+    advice: str = (  # where sizes differ
+        "where both show the same view add --resize-ir, else --homography FILE, a 3x3 matrix from infrared to visible "
+        "pixels"
+    )
 
     def __post_init__(self) -> None:
         if self.resize_ir and self.homography is not None:
@@ -89,10 +93,7 @@ class Registration:
         if self.resize_ir:
             return self._each(ir, lambda image: resize(image, vis.size))
         sizes = [f"{width}x{height}" for height, width in (vis.size, ir.size)]
-        raise InputError(
-            f"{vis.name} is {sizes[0]} but {ir.name} is {sizes[1]} (width x height); where both show the same view add "
-            "--resize-ir, else --homography FILE, a 3x3 matrix from infrared to visible pixels"
-        )
+        raise InputError(f"{vis.name} is {sizes[0]} but {ir.name} is {sizes[1]} (width x height); {self.advice}")
 
     @staticmethod
     def _each(source: Source, change: Callable[[np.ndarray], np.ndarray]) -> Source:
@@ -108,20 +109,25 @@ def fuse_sources(
     colour: str = "both",
     normalise: bool | Callable[[Tensor], Tensor] = True,
     precision: str = "float32",
+    max_memory: int | None = None,
+    scratch: Path | None = None,
 ) -> np.ndarray:
     """Fuses the grey levels of two sources of one size, and gives the result the colours of those that have some.
 
     A system that takes colour is given that of the visible source and sees to it itself.
 
     Args:
-        model, skip, normalise, precision: as of `utils.inference.fuse_arrays`.
+        model, skip, normalise, precision, max_memory, scratch: as of `utils.inference.fuse_arrays`.
         colour: which sources may give theirs: "both", "vis", "ir", or "none" for a grey result.
 
     Returns:
         float32 in [0, 255]: (H, W, 3), red first, or (H, W) where no source that may has colour.
     """
     given = vis.colour if model.takes_colour and vis.colour is not None and colour in ("both", "vis") else vis.grey
-    fused = fuse_arrays(model, given, ir.grey, skip, normalise=normalise, precision=precision)
+    fused = fuse_arrays(
+        model, given, ir.grey, skip,
+        normalise=normalise, precision=precision, max_memory=max_memory, scratch=scratch,
+    )  # fmt: skip
     if fused.ndim == 3:
         return np.clip(fused, 0, 255)
     asked = {"both": (vis, ir), "vis": (vis,), "ir": (ir,), "none": ()}[colour]

@@ -45,7 +45,7 @@ class CDDFuseSystem(System, net.CDDFuse):
     published = weights  # under the same names, in a folder of their own
     columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
-    # What the bundled weights were made by; a comparison with the published recipe is still to be measured.
+    # What the bundled weights were made by; `python -m benchmarks.recipes` compares it with the published one.
     recipes = {
         "ours": {
             "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "ema": 0.998, "crop": 64, "flips": True,
