@@ -401,3 +401,12 @@ def test_teacher_is_trained_by_the_script_and_both_networks_fuse_a_folder(model,
     )
     assert test_IVF.main(list(map(str, [*argv, tmp_path / "student.pth", "--skip", "minimal"]))) == 0
     assert "decoder image: minimal" in capsys.readouterr().out
+
+
+def test_student_with_gradient_equals_the_student_without():
+    torch.manual_seed(0)
+    student = Student().eval()
+    ir, vis = formula_image(1, 24, 32), formula_colour(0.5, 24, 32)
+    with torch.inference_mode():
+        wanted = student(ir, vis)
+    torch.testing.assert_close(student(ir, vis).detach(), wanted, rtol=0, atol=1e-5)
