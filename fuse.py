@@ -37,7 +37,7 @@ from utils.inference import PRECISIONS, find_weights, pick_device
 from utils.memory import parse_size
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
-from utils.testing import HOPELESS, Benchmark, Method, load_method
+from utils.testing import HOPELESS, Method, load_method
 from utils.video import (
     DEFAULT_RATE,
     Flicker,
@@ -264,7 +264,7 @@ def open_folders(args: argparse.Namespace) -> PairList:
 def open_method(args: argparse.Namespace) -> Method:
     system, device = find_system(args.system), pick_device(args.device)
     path = find_weights(system, args.task, args.weights)[-1]
-    return load_method(path, system, device, args.skip, Benchmark(task=args.task, sets=(), samples=()))
+    return load_method(path, system, device, args.skip, args.task)
 
 
 def fuse_pair(session: Session, target: Path) -> int:

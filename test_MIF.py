@@ -15,7 +15,8 @@ import argparse
 from collections.abc import Sequence
 
 from utils import run_script
-from utils.testing import Benchmark, add_arguments, run_benchmark
+from utils.sets import Benchmark
+from utils.testing import add_arguments, run_benchmark
 from zoo import SYSTEMS, find_system
 
 MIF = Benchmark(

@@ -24,6 +24,7 @@ from utils.images import chroma, read_colour, read_grey, write_grey
 from utils.inference import fuse_arrays
 from utils.manifests import make_manifest
 from utils.metrics import score
+from utils.sets import find_sets
 from zoo.cddfuse import CDDFuseSystem
 from zoo.mlfuse import MLFuseSystem
 
@@ -236,13 +237,11 @@ def test_protocol_and_stretch_are_options(infrared, weights, tmp_path, capsys):
 @pytest.mark.parametrize("script", [test_IVF, test_MIF])
 def test_without_benchmark_folders_the_samples_are_shown_and_the_user_is_told(script, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("FUSION_DATA", raising=False)
-    from utils import testing
-
     args = type("Args", (), {"data": None, "sets": None, "pairs": "folders", "stems": None})()
     benchmark = script.IVF if script is test_IVF else script.MIF
     if any((ROOT / "test_img" / name).is_dir() for name in benchmark.sets):
         pytest.skip("the benchmark folders are in test_img/")
-    found = testing.find_sets(args, benchmark)
+    found = find_sets(args, benchmark)
     assert tuple(test_set.name for test_set in found) == benchmark.samples
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and all(name in said for name in benchmark.sets) and "test_img" in said

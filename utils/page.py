@@ -27,7 +27,7 @@ from utils.memory import format_size
 from utils.metrics import METRICS, score
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
-from utils.testing import Benchmark, Method, load_method
+from utils.testing import Method, load_method
 from zoo import SYSTEMS, TASKS, find_system
 
 ROLES = {"ivf": ("visible", "infrared"), "mif": ("MRI", "CT, PET or SPECT")}
@@ -248,8 +248,7 @@ class Desk:
         path = chosen(chosen(self.weights, system, "system"), weights, f"weights of {system}")
         key = (system, weights, task)
         if key not in self._methods:
-            benchmark = Benchmark(task=task, sets=(), samples=())
-            self._methods[key] = load_method(path, find_system(system), self.device, None, benchmark)
+            self._methods[key] = load_method(path, find_system(system), self.device, None, task)
         return self._methods[key]
 
     def _scores(
@@ -307,7 +306,7 @@ def weights_by_system(extra: Sequence[Path], device: torch.device) -> dict[str, 
         reasons = []
         for name, system in systems.items():
             try:
-                load_method(path, system, device, None, Benchmark(task="ivf", sets=(), samples=()))
+                load_method(path, system, device, None, "ivf")
             except InputError as error:
                 reasons.append(str(error))
                 continue

@@ -1,7 +1,6 @@
 """What test_IVF.py and test_MIF.py share: sets of pairs -> fused files, scores of the files, the table.
 
-A set is a folder with two sub-folders of equally named images, or with numbered images of two stems. The scripts
-differ in the sets they take by default; what depends on the system is asked of the system.
+The scripts differ in the sets they take by default; what depends on the system is asked of the system.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from utils import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
     InputError,
-    benchmark_root,
     check_writable,
     file_sha256,
     git_commit,
@@ -34,13 +32,8 @@ from utils import (
 from utils.degradation import degrade_pair
 from utils.images import (
     Pair,
-    PairList,
-    find_modalities,
     is_coloured,
-    list_flat_pairs,
-    list_pairs,
     luma_of,
-    modalities_in,
     read_colour,
     read_grey,
     to_uint8,
@@ -53,25 +46,9 @@ from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
 from utils.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
+from utils.sets import Benchmark, TestSet, find_sets
 
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The defaults of one test script."""
-
-    task: str  # "ivf" or "mif"
-    sets: tuple[str, ...]  # folder names of the published benchmark
-    samples: tuple[str, ...]  # bundled sets, shown where the published ones are absent
-
-
-@dataclass(frozen=True)
-class TestSet:
-    name: str
-    vis_name: str  # how the data set calls its visible or MRI images: a folder's name, or a stem
-    ir_name: str
-    found: PairList
 
 
 @dataclass(frozen=True)
@@ -181,7 +158,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     if args.degrade is not None and args.degrade < 0:
         raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
     test_sets = find_sets(args, benchmark)
-    methods = [load_method(path, system, device, args.skip, benchmark)
+    methods = [load_method(path, system, device, args.skip, benchmark.task)
                for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
     stems = [method.stem for method in methods]
     refuse_repeated("--weights", "files", stems)
@@ -263,52 +240,10 @@ def refuse_repeated(option: str, what: str, names: list[str]) -> None:
         raise InputError(f"{option} names two {what} called {repeated}; their results would share a folder: rename one")
 
 
-def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
-    """The sets to run. Sets that were asked for must exist; absent default sets give way to the bundled ones."""
-    if args.pairs == "flat":
-        return find_flat_sets(args)
-    if args.stems:
-        raise InputError("--stems is for one folder that holds both images of every pair; add --pairs flat")
-    root = args.data or benchmark_root()
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder at {root}; name one with --data")
-    if not args.sets and modalities_in(root):
-        return [open_set(root)]
-    if args.sets:
-        return [open_set(root / name) for name in args.sets]
-    present = [name for name in benchmark.sets if (root / name).is_dir()]
-    if not present and args.data:
-        raise FileNotFoundError(f"{root} holds none of {', '.join(benchmark.sets)}; name its folders with --sets")
-    absent = ", ".join(name for name in benchmark.sets if name not in present)
-    if absent:
-        shown = "" if present else "; the bundled samples are shown instead"
-        print(f"benchmark sets not found: {absent}. Put them at {root}/<set>/<modality>/ (README, Data){shown}")
-    if not present:
-        return [open_set(in_checkout("test_img", name)) for name in benchmark.samples]
-    return [open_set(root / name) for name in present]
-
-
-def find_flat_sets(args: argparse.Namespace) -> list[TestSet]:
-    """--data itself, or its sub-folders --sets. Which stem is which is never guessed: exchanged roles fuse as well,
-    to another image."""
-    if not args.stems or not args.data:
-        raise InputError(
-            "--pairs flat needs --data DIR and --stems VIS IR, what comes before the number in the names of the "
-            "visible or MRI files and of the infrared, CT, PET or SPECT files"
-        )
-    folders = [args.data / name for name in args.sets] if args.sets else [args.data]
-    return [TestSet(folder.resolve().name, *args.stems, list_flat_pairs(folder, *args.stems)) for folder in folders]
-
-
-def open_set(folder: Path) -> TestSet:
-    vis, ir = find_modalities(folder)
-    return TestSet(folder.resolve().name, vis.name, ir.name, list_pairs(vis, ir))
-
-
-def load_method(path: Path, system: type, device: torch.device, skip: str | None, benchmark: Benchmark) -> Method:
-    model, skip = load_system(system, path, benchmark.task, skip, device)
+def load_method(path: Path, system: type, device: torch.device, skip: str | None, task: str) -> Method:
+    model, skip = load_system(system, path, task, skip, device)
     sha256 = file_sha256(path)
-    return Method(model, path, model.row_label(benchmark.task, path.stem), skip, sha256)
+    return Method(model, path, model.row_label(task, path.stem), skip, sha256)
 
 
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
