@@ -164,6 +164,8 @@ COMMANDS = {
     "python test_MIF.py": How(makes=("test_result/CDDFuse_MIF/MRI_SPECT/1.png",), says="CDDFuse_IVF"),
     "python test_MIF.py --data flat_scans --pairs flat --stems mri ct": How(says="The test result of flat_scans :"),
     "python test_MIF.py --data my_scans": How(says="The test result of my_scans :"),
+    "python test_IVF.py --system mlfuse": How(makes=("test_result/MLFuse/TNO/1.png",)),
+    "python test_MIF.py --system mlfuse": How(makes=("test_result/MLFuse/MRI_SPECT/1.png",)),
     "python test_MIF.py --system mlfuse --weights model_fuse.pth": How(
         there=weights("model_fuse.pth", "mlfuse"), says="MLFuse"
     ),

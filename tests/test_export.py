@@ -17,6 +17,7 @@ from utils import ROOT
 from utils.images import read_grey
 from utils.inference import Fuser, fuse_arrays, load_fuser, to_network
 from zoo import find_system
+from zoo.mlfuse import MLFuseSystem
 
 
 def make_system(name):
@@ -108,7 +109,8 @@ def test_a_missing_package_is_named_with_the_command_to_run(tmp_path, monkeypatc
     assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
 
 
-def test_system_without_bundled_weights_asks_for_a_file(tmp_path, capsys):
+def test_system_without_bundled_weights_asks_for_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MLFuseSystem, "weights", {"ivf": (), "mif": ()})
     assert export.main(["--system", "mlfuse", "--formats", "pt2", "--out", str(tmp_path)]) == 2
     assert "no weights of MLFuse come with the project" in capsys.readouterr().err
 

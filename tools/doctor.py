@@ -203,10 +203,11 @@ def check_weights(others: Sequence[Path]) -> Iterator[Finding]:
         if not path.is_file():
             yield Finding("FIX", str(path), "is missing; run `git checkout -- models`")
         elif file_sha256(path) == answers[name]["sha256"]:
-            yield Finding("ok", str(path), f"{describe(path)}, sha256 {file_sha256(path)[:12]} as recorded")
+            system = answers[name]["system"]
+            yield Finding("ok", str(path), f"{describe(path, system)}, sha256 {file_sha256(path)[:12]} as recorded")
         else:
             try:
-                described = describe(path)
+                described = describe(path, answers[name]["system"])
             except InputError as error:
                 yield Finding("FIX", str(path), f"{error}; or run `git checkout -- models`")
                 continue
@@ -238,8 +239,8 @@ def published_or(path: Path) -> list[Path]:
     return files
 
 
-def describe(path: Path) -> str:
-    """Loads a file of CDDFuse weights, key for key, and says what it is.
+def describe(path: Path, system: str = "cddfuse") -> str:
+    """Loads a file of a system's weights, key for key, and says what it is.
 
     Raises:
         FileNotFoundError, InputError: as `utils.checkpoint.load_checkpoint`; or a weight is not finite.
@@ -247,11 +248,12 @@ def describe(path: Path) -> str:
     from utils.inference import load_fuser
     from zoo import find_system
 
-    state = load_fuser(find_system("cddfuse"), weights=path).state_dict()
+    fuser = load_fuser(find_system(system), weights=path)
+    state = fuser.state_dict()
     bad = [key for key, value in state.items() if not value.isfinite().all()]
     if bad:
         raise InputError(f"{path} holds NaN or infinite weights ({bad[0]}); copy or train it again")
-    return f"{len(state)} keys fit CDDFuse, all finite"
+    return f"{len(state)} keys fit {fuser.system.label}, all finite"
 
 
 def check_answers() -> Iterator[Finding]:
@@ -263,7 +265,7 @@ def check_answers() -> Iterator[Finding]:
             if not path.is_file() or file_sha256(path) != known["sha256"]:
                 continue  # named by check_weights
             what = f"known answer of {name}, {device}"
-            blocks = answer(path, device)
+            blocks = answer(path, known["system"], device)
             difference = max(abs(a - b) for a, b in zip(blocks, known["blocks"], strict=True))
             if difference <= TOLERANCES[device.partition(":")[0]]:  # also false for NaN
                 yield Finding("ok", what, f"{'/'.join(PAIR)} within {difference:.4f} grey levels of the record")
@@ -273,7 +275,7 @@ def check_answers() -> Iterator[Finding]:
                               "and undo changes of net.py (`git diff`)")  # fmt: skip
 
 
-def answer(weights: Path, device: str) -> list[float]:
+def answer(weights: Path, system: str, device: str) -> list[float]:
     """The bundled pair fused: mean and standard deviation of each block of the image, in grey levels."""
     import numpy as np
 
@@ -283,8 +285,8 @@ def answer(weights: Path, device: str) -> list[float]:
 
     folder = in_checkout("test_img", PAIR[0])
     pair = next(pair for pair in list_pairs(folder / "vi", folder / "ir").pairs if pair.name == PAIR[1])
-    fuser = load_fuser(find_system("cddfuse"), weights=weights, device=device)
-    fused = fuse_arrays(fuser.system, *pair.read(), fuser.skip)
+    fuser = load_fuser(find_system(system), weights=weights, device=device)
+    fused = fuse_arrays(fuser.system, *pair.read(), fuser.skip, normalise=fuser.stretched)
     blocks = [block for band in np.array_split(fused, GRID) for block in np.array_split(band, GRID, axis=1)]
     return [round(float(value), 4) for block in blocks for value in (block.mean(), block.std())]
 
@@ -298,9 +300,15 @@ def read_answers() -> dict[str, Any]:
 
 
 def record() -> int:
+    from zoo import SYSTEMS, find_system
+
     path = in_checkout("models", ANSWERS)
-    weights = sorted(in_checkout("models").glob("CDDFuse_*.pth"))
-    answers = {file.name: {"sha256": file_sha256(file), "blocks": answer(file, "cpu")} for file in weights}
+    answers = {}
+    for name in SYSTEMS:
+        files = dict.fromkeys(file for files in find_system(name).weights.values() for file in files)
+        for path in (in_checkout("models", file) for file in files):
+            blocks = answer(path, name, "cpu")
+            answers[path.name] = {"system": name, "sha256": file_sha256(path), "blocks": blocks}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: {len(answers)} weight files")

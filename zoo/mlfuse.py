@@ -326,6 +326,7 @@ class MLFuseSystem(System, nn.Module):
     skips = ("none",)  # its output layer is given no image
     smallest_side = SMALLEST_SIDE
     smallest_patch = SMALLEST_SIDE
+    weights = {"ivf": ("MLFuse.pth",), "mif": ("MLFuse.pth",)}  # one file for all images
     columns = PAPER_TABLE  # its own values come from a toolbox with other conventions
     Options = Options
     recipes = {
