@@ -124,14 +124,17 @@ def test_other_missing_and_damaged_weights_are_named_and_recording_settles_it(ch
     find_system("cddfuse")().save(models / "CDDFuse_IVF.pth")
     (models / "CDDFuse_MIF.pth").write_bytes(b"damaged")
     found = findings(doctor.check_weights, ())
-    assert [state for state, *_ in found] == ["FIX", "FIX"]
+    assert [state for state, *_ in found] == ["FIX", "FIX", "ok"]
+    assert "111 keys fit MLFuse, all finite" in found[2][2]
     assert "158 keys fit CDDFuse, all finite, but sha256" in found[0][2] and "is not the recorded" in found[0][2]
     assert "not a PyTorch checkpoint" in found[1][2]
-    assert states(doctor.check_answers) == []  # an unknown file has no known answer
+    assert states(doctor.check_answers) == ["ok"]  # an unknown file has no known answer
     (models / "CDDFuse_MIF.pth").unlink()
-    assert states(doctor.check_weights, ()) == ["FIX", "FIX"]
+    before = (models / "MLFuse.pth").read_bytes()
+    assert states(doctor.check_weights, ()) == ["FIX", "FIX", "ok"]
     assert doctor.main(["--record"]) == 0
-    assert states(doctor.check_weights, ()) == ["ok"] and states(doctor.check_answers) == ["ok"]
+    assert states(doctor.check_weights, ()) == ["ok", "ok"] and states(doctor.check_answers) == ["ok", "ok"]
+    assert (models / "MLFuse.pth").read_bytes() == before
 
 
 def test_weights_of_others_are_looked_into(tmp_path):
@@ -148,7 +151,7 @@ def test_weights_of_others_are_looked_into(tmp_path):
 @pytest.mark.parametrize("damage", [lambda b: [b[0] + 1, *b[1:]], lambda b: [float("nan")] * len(b)])
 def test_a_wrong_answer_is_named(checkout, monkeypatch, damage):
     known = json.loads((checkout / "models" / doctor.ANSWERS).read_text())
-    monkeypatch.setattr(doctor, "answer", lambda path, device: damage(known[path.name]["blocks"]))
+    monkeypatch.setattr(doctor, "answer", lambda path, system, device: damage(known[path.name]["blocks"]))
     assert states(doctor.check_answers) == ["FIX"] * len(known)
 
 

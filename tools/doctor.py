@@ -305,10 +305,10 @@ def record() -> int:
     path = in_checkout("models", ANSWERS)
     answers = {}
     for name in SYSTEMS:
-        files = dict.fromkeys(file for files in find_system(name).weights.values() for file in files)
-        for path in (in_checkout("models", file) for file in files):
-            blocks = answer(path, name, "cpu")
-            answers[path.name] = {"system": name, "sha256": file_sha256(path), "blocks": blocks}
+        bundled = {file for files in find_system(name).weights.values() for file in files}
+        for weights in filter(Path.is_file, (in_checkout("models", file) for file in sorted(bundled))):
+            blocks = answer(weights, name, "cpu")
+            answers[weights.name] = {"system": name, "sha256": file_sha256(weights), "blocks": blocks}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: {len(answers)} weight files")
