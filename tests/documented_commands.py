@@ -96,6 +96,8 @@ COMMANDS = {
     "python dataprocessing.py --data train/MSRS train/RoadScene --patch-size 160 --stride 160 --out data/IVF.h5": How(
         CUT, makes=("data/IVF.h5",)
     ),
+    "python dataprocessing.py --data train/MSRS train/RoadScene train/MRI_CT train/MRI_PET train/MRI_SPECT "
+    "--patch-size 160 --stride 96 --holdout 60 --saliency --out data/joint_s.h5": How(CUT, makes=("data/joint_s.h5",)),
     "python dataprocessing.py --degrade": How(makes=("data/degraded_0.png",)),
     "python dataprocessing.py --vi my_images/visible --ir my_images/thermal --out data/mine.h5": How(
         CUT, makes=("data/mine.h5",)
@@ -178,6 +180,10 @@ COMMANDS = {
     "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": How(
         SECOND_STAGE, (("data/IVF_h.h5", PATCHES),), IVF_RUN
     ),
+    "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 4e-4 "
+    "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 20": How(
+        SECOND_STAGE, (("data/IVF_h.h5", PATCHES),), IVF_RUN
+    ),
     "python train.py --data data/MSRS.h5": How(STAGES, MSRS, IVF_RUN),
     "python train.py --data data/MSRS.h5 --resume auto": How(
         STAGES, MSRS, IVF_RUN, says="resumed from", before=f"{STAGES} --max-minutes 0.0001"
@@ -187,6 +193,12 @@ COMMANDS = {
     ),
     "python train.py --system fsidfusion --data data/MSRS.h5": How(
         STAGES, MSRS, ("runs/fsidfusion_ivf/FSIDFusion_IVF.pth",)
+    ),
+    "python train.py --system mlfuse --data data/joint_s.h5 --out runs/mlfuse --batch-size 8 --crop 96 --flips "
+    "--precision bfloat16 --learning-rate 1e-3 --warmup-steps 50 --ema 0.99 --epoch-batches 100 --epochs 24": How(
+        f"{SHORT} --epochs 1 --validate-every 0",
+        (("data/joint_s.h5", "stand-ins/saliency.h5"),),
+        ("runs/mlfuse/MLFuse_IVF.pth",),
     ),
     "python train.py --system mlfuse --data data/saliency.h5": How(
         f"{SHORT} --epochs 1 --validate-every 0", (("data/saliency.h5", "stand-ins/saliency.h5"),), ("runs/mlfuse_ivf",)
@@ -207,6 +219,10 @@ COMMANDS = {
     ),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
     "--learning-rate 6e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": How(
+        SECOND_STAGE, (("data/MIF_h.h5", PATCHES),), MIF_RUN
+    ),
+    "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
+    "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": How(
         SECOND_STAGE, (("data/MIF_h.h5", PATCHES),), MIF_RUN
     ),
     "python train.py --task mif --data data/scans.h5 --init models/CDDFuse_MIF.pth --out runs/scans": How(

@@ -170,7 +170,7 @@ class System:
 
     @classmethod
     def row_label(cls, task: str, stem: str) -> str:
-        return f"{cls.label} {stem}"
+        return stem if stem.startswith(cls.label) else f"{cls.label} {stem}"
 
     @classmethod
     def bundled_weights(cls, task: str) -> list[Path]:
