@@ -245,6 +245,9 @@ def describe(path: Path, system: str = "cddfuse") -> str:
     Raises:
         FileNotFoundError, InputError: as `utils.checkpoint.load_checkpoint`; or a weight is not finite.
     """
+    import torch
+
+    from utils.checkpoint import read_file
     from utils.inference import load_fuser
     from zoo import find_system
 
@@ -253,7 +256,9 @@ def describe(path: Path, system: str = "cddfuse") -> str:
     bad = [key for key, value in state.items() if not value.isfinite().all()]
     if bad:
         raise InputError(f"{path} holds NaN or infinite weights ({bad[0]}); copy or train it again")
-    return f"{len(state)} keys fit {fuser.system.label}, all finite"
+    parts = (part for part in read_file(path).values() if isinstance(part, dict))
+    keys = sum(isinstance(value, torch.Tensor) for part in parts for value in part.values())
+    return f"{keys} keys fit {fuser.system.label}, all finite"
 
 
 def check_answers() -> Iterator[Finding]:
