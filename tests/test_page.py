@@ -149,7 +149,7 @@ def test_limits_hold_before_an_image_is_unpacked(desk, pair, tmp_path, monkeypat
     [
         {"weights": "../../models/CDDFuse_IVF.pth"},
         {"weights": "/etc/passwd"},
-        {"system": "mlfuse"},
+        {"system": "fsidfusion"},
         {"system": ["cddfuse"]},
         {"task": "__class__"},
         {"colour": "red"},
@@ -221,10 +221,10 @@ def mlfuse_weights(tmp_path):
 def test_further_weights_are_offered_under_the_system_whose_keys_they_hold(mlfuse_weights, desk, pair, tmp_path):
     save_checkpoint(tmp_path / "other.pth", CDDFuseSystem(), {"task": "ivf"})
     offered = weights_by_system([mlfuse_weights, tmp_path / "other.pth"], CPU)
-    assert list(offered["mlfuse"]) == ["mine.pth"] and list(offered["cddfuse"])[-1] == "other.pth"
+    assert list(offered["mlfuse"]) == ["MLFuse.pth", "mine.pth"] and list(offered["cddfuse"])[-1] == "other.pth"
     desk = replace(desk, weights=offered)
-    assert desk.default_weights("mlfuse", "ivf") == "mine.pth"
-    result = desk.fuse(*pair, system="mlfuse")
+    assert desk.default_weights("mlfuse", "ivf") == "MLFuse.pth"
+    result = desk.fuse(*pair, system="mlfuse", weights="mine.pth")
     assert "MLFuse with mine.pth" in result.facts and result.features == {}
     options = ("--system", "mlfuse", "--weights", mlfuse_weights)
     assert result.file.read_bytes() == fused_by_script(pair, tmp_path / "f.png", *options)
