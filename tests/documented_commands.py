@@ -98,6 +98,8 @@ COMMANDS = {
     ),
     "python dataprocessing.py --data train/MSRS train/RoadScene train/MRI_CT train/MRI_PET train/MRI_SPECT "
     "--patch-size 160 --stride 96 --holdout 60 --saliency --out data/joint_s.h5": How(CUT, makes=("data/joint_s.h5",)),
+    "python dataprocessing.py --colour --data train/MSRS train/RoadScene --patch-size 160 --stride 160 --holdout 60 "
+    "--out data/IVF_colour.h5": How(CUT, makes=("data/IVF_colour.h5",)),
     "python dataprocessing.py --degrade": How(makes=("data/degraded_0.png",)),
     "python dataprocessing.py --vi my_images/visible --ir my_images/thermal --out data/mine.h5": How(
         CUT, makes=("data/mine.h5",)
@@ -150,11 +152,9 @@ COMMANDS = {
     "python test_IVF.py --system fsidfusion --weights runs/fsidfusion_ivf/FSIDFusion_IVF.pth": How(
         there=weights("runs/fsidfusion_ivf/FSIDFusion_IVF.pth", "fsidfusion"), says="The test result of TNO :"
     ),
-    "python test_IVF.py --system tsdm --weights FILE": How(
-        there=weights("FILE", "tsdm"), says="The test result of TNO :"
-    ),
-    "python test_IVF.py --system tsdm cddfuse --weights FILE models/CDDFuse_IVF.pth --degrade 0": How(
-        there=weights("FILE", "tsdm"), makes=("test_result/CDDFuse_IVF/TNO_degraded_0/given_ir/1.png",)
+    "python test_IVF.py --system tsdm": How(makes=("test_result/TSDM-Fusion_student/TNO/1.png",)),
+    "python test_IVF.py --system tsdm cddfuse mlfuse --degrade 0": How(
+        makes=("test_result/CDDFuse_IVF/TNO_degraded_0/given_ir/1.png",)
     ),
     "python test_IVF.py --weights path/to/published.pth": How(makes=("test_result/published/TNO/1.png",)),
     "python test_IVF.py --weights published": How(
@@ -211,6 +211,20 @@ COMMANDS = {
     ),
     "python train.py --system tsdm --recipe teacher --data data/colour.h5": How(
         f"{SHORT} --teacher-epochs 1", COLOUR, ("runs/tsdm_ivf/TSDM-Fusion_IVF.pth",)
+    ),
+    "python train.py --system tsdm --recipe student --data data/IVF_colour.h5 --crop 64 --flips --precision bfloat16 "
+    "--schedule cosine --warmup-steps 20 --ema 0.98 --epoch-batches 50 --batch-size 6 --student-epochs 6 "
+    "--adversarial-epochs 0 --init runs/teacher/TSDM-Fusion_IVF.pth --out runs/student": How(
+        f"{SHORT} --student-epochs 1",
+        (("data/IVF_colour.h5", "stand-ins/colour.h5"), *weights("runs/teacher/TSDM-Fusion_IVF.pth", "tsdm_teacher")),
+        ("runs/student/TSDM-Fusion_IVF.pth",),
+    ),
+    "python train.py --system tsdm --recipe teacher --data data/IVF_colour.h5 --crop 64 --flips --precision bfloat16 "
+    "--schedule cosine --warmup-steps 20 --ema 0.98 --epoch-batches 50 --batch-size 8 --teacher-epochs 5 "
+    "--out runs/teacher": How(
+        f"{SHORT} --teacher-epochs 1",
+        (("data/IVF_colour.h5", "stand-ins/colour.h5"),),
+        ("runs/teacher/TSDM-Fusion_IVF.pth",),
     ),
     "python train.py --task mif --data data/MIF.h5": How(STAGES, MIF, MIF_RUN),
     "python train.py --task mif --data data/MIF.h5 --crop 64 --flips --epoch-batches 50 --precision bfloat16 "

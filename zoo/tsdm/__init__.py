@@ -88,6 +88,7 @@ class TSDMFusion(System, nn.Module):
     label = "TSDM-Fusion"
     # Nothing is given to a decoder here; what can be chosen is how images are padded to whole windows.
     skips = PADDINGS
+    weights = {"ivf": ("TSDM-Fusion_student.pth",), "mif": ()}
     takes_colour = True
     stretched = False  # its images are in the range of its sources already
     columns = PAPER_TABLE
