@@ -25,8 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from utils import InputError, run_script, sigterm_as_ctrl_c
-from utils.inference import PRECISIONS, keep_freed_memory, pick_device
-from utils.memory import parse_size
+from utils.inference import add_inference_options, keep_freed_memory, pick_device
 from utils.metrics import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -64,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="to choose from, beside those in models/")
     add("--max-pixels", type=whole_number, default=4_000_000, metavar="N", help="of an image (default: 4e6)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="of the scores (default: paper)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
-    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
+    add_inference_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(serve, parser.parse_args(argv))
 

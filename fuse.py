@@ -33,11 +33,10 @@ from utils.images import (
     to_uint8,
     write_image,
 )
-from utils.inference import PRECISIONS, find_weights, pick_device
-from utils.memory import parse_size
+from utils.inference import add_inference_options, find_weights, pick_device
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
-from utils.testing import HOPELESS, Method, load_method
+from utils.testing import Method, left_out, load_method
 from utils.video import (
     DEFAULT_RATE,
     Flicker,
@@ -78,7 +77,7 @@ class Session:
 
     @property
     def stretched(self) -> bool:
-        return self.method.model.stretched if self.args.stretch is None else self.args.stretch
+        return self.method.model.is_stretched(self.args.stretch)
 
     def fuse(self, vis: Source, ir: Source, normalise: Callable | None = None) -> np.ndarray:
         """Fuses a pair; `normalise` takes the place of the stretch, where the result is stretched at all."""
@@ -174,10 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="or published (default: that in models/ for the system and the task)",
     )
     add("--skip", help="what the decoder is given; default: what the weights were trained with")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
-    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
+    add_inference_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(fuse, parser.parse_args(argv))
 
@@ -313,12 +309,6 @@ def fuse_folder(session: Session, found: PairList) -> int:
             print(f"warning: no annotation in {args.annotations} for {listed(without)}", file=sys.stderr)
     session.say_what_was_seen()
     return 0 if len(done) == len(found.pairs) else EXIT_BAD_INPUT
-
-
-def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
-    if args.debug or getattr(error, "errno", None) in HOPELESS:
-        raise error
-    tqdm.write(f"warning: {name}: {str(error).splitlines()[0]}; {fate}", file=sys.stderr)
 
 
 def annotations_in(folder: Path) -> dict[str, str]:

@@ -199,19 +199,20 @@ def fits(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
 def check_weights(others: Sequence[Path]) -> Iterator[Finding]:
     answers = read_answers()
     for name in sorted(answers):
-        path = in_checkout("models", name)
+        path, system = in_checkout("models", name), answers[name]["system"]
         if not path.is_file():
             yield Finding("FIX", str(path), "is missing; run `git checkout -- models`")
-        elif file_sha256(path) == answers[name]["sha256"]:
-            system = answers[name]["system"]
-            yield Finding("ok", str(path), f"{describe(path, system)}, sha256 {file_sha256(path)[:12]} as recorded")
+            continue
+        sha256 = file_sha256(path)
+        if sha256 == answers[name]["sha256"]:
+            yield Finding("ok", str(path), f"{describe(path, system)}, sha256 {sha256[:12]} as recorded")
         else:
             try:
-                described = describe(path, answers[name]["system"])
+                described = describe(path, system)
             except InputError as error:
                 yield Finding("FIX", str(path), f"{error}; or run `git checkout -- models`")
                 continue
-            yield Finding("FIX", str(path), f"{described}, but sha256 {file_sha256(path)[:12]} is not the recorded "
+            yield Finding("FIX", str(path), f"{described}, but sha256 {sha256[:12]} is not the recorded "
                           f"{answers[name]['sha256'][:12]}; run `git checkout -- models`, or `python -m tools.doctor "
                           "--record` if you have trained them")  # fmt: skip
     for path in others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import sys
@@ -21,12 +22,22 @@ from utils.memory import (
     Plan,
     format_size,
     memory_left,
+    parse_size,
     plan_memory,
     resident_memory,
 )
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PUBLISHED = "published"  # for --weights; and the folder in models/ that tools/download.py fetches them to
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every script that fuses: where, how exactly, and in how much memory."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
+    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -288,4 +299,4 @@ def load_fuser(
     """
     path = find_weights(system, task, weights)[-1]
     model, skip = load_system(system, path, task, skip, device)
-    return Fuser(model, path, skip, model.stretched if stretched is None else stretched).eval()
+    return Fuser(model, path, skip, model.is_stretched(stretched)).eval()

@@ -41,9 +41,15 @@ from utils.images import (
     write_colour,
     write_image,
 )
-from utils.inference import PRECISIONS, PUBLISHED, find_weights, fuse_arrays, load_system, pick_device
+from utils.inference import (
+    PUBLISHED,
+    add_inference_options,
+    find_weights,
+    fuse_arrays,
+    load_system,
+    pick_device,
+)
 from utils.manifests import SHOWN, list_digest, pair_digest
-from utils.memory import parse_size
 from utils.metrics import PROTOCOLS, score
 from utils.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 from utils.sets import Benchmark, TestSet, find_sets
@@ -142,10 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding",
     )
     add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
-    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
+    add_inference_options(parser)
     add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
     add("--debug", action="store_true", help="show tracebacks")
 
@@ -185,8 +188,8 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
                 "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
                 "system": method.model.label, "weights": str(method.weights),
                 "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
-                "stretch": stretched(method, args), "legacy_rounding": args.legacy_rounding, "degrade": args.degrade,
-                "device": str(device), "precision": args.precision,
+                "stretch": method.model.is_stretched(args.stretch), "legacy_rounding": args.legacy_rounding,
+                "degrade": args.degrade, "device": str(device), "precision": args.precision,
                 "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
                 "numpy": np.__version__, "commit": commit, "images": sheet.digest,
             }  # fmt: skip
@@ -230,10 +233,6 @@ def files_of(systems: list[Any], weights: list[Path] | None, task: str) -> list[
     return [(system, path) for system, given in asked for path in find_weights(system, task, given)]
 
 
-def stretched(method: Method, args: argparse.Namespace) -> bool:
-    return method.model.stretched if args.stretch is None else args.stretch
-
-
 def refuse_repeated(option: str, what: str, names: list[str]) -> None:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
@@ -256,12 +255,6 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     description = f"{test_set.name}, {method.stem}"
     most_waiting = 0 if args.max_memory else 1
 
-    def name_bad_pair(pair: Pair, error: Exception, fate: str) -> None:
-        if args.debug or getattr(error, "errno", None) in HOPELESS:
-            raise error
-        first_line = str(error).splitlines()[0]
-        tqdm.write(f"warning: {test_set.name}/{pair.name}: {first_line}; {fate}", file=sys.stderr)
-
     def write_and_score(pair: Pair, given: Given, fused: np.ndarray) -> None:
         fate = "left out"
         try:
@@ -276,7 +269,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             images[pair.name] = score(read_grey(path), given.ir, given.vis, args.protocol)
             digests.append(pair_digest(given.vis, given.ir))
         except (ValueError, OSError, RuntimeError) as error:
-            name_bad_pair(pair, error, fate)
+            left_out(f"{test_set.name}/{pair.name}", error, args, fate)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         pairs = tqdm(list(enumerate(test_set.found.pairs)), desc=description, unit="pair", disable=None)
@@ -290,11 +283,11 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                 given = reading.result()
                 fused = fuse_arrays(
                     method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
-                    normalise=stretched(method, args), precision=args.precision, max_memory=args.max_memory,
-                    scratch=args.scratch,
+                    normalise=method.model.is_stretched(args.stretch), precision=args.precision,
+                    max_memory=args.max_memory, scratch=args.scratch,
                 )  # fmt: skip
             except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
-                name_bad_pair(pair, error, "left out")
+                left_out(f"{test_set.name}/{pair.name}", error, args)
                 continue
             finishing.append(writer.submit(write_and_score, pair, given, fused))
             while len(finishing) > most_waiting:
@@ -302,6 +295,13 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
         for last in finishing:
             last.result()
     return ScoreSheet(method.label, images, list_digest(digests))
+
+
+def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
+    """Names a bad pair, with what becomes of it; raises the error where the run cannot go on, or for --debug."""
+    if args.debug or getattr(error, "errno", None) in HOPELESS:
+        raise error
+    tqdm.write(f"warning: {name}: {str(error).splitlines()[0]}; {fate}", file=sys.stderr)
 
 
 def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
@@ -320,9 +320,11 @@ def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Give
             wanted, so that all systems are given the same scene.
     """
     vis, ir = pair.read()
+    if not (colour or degrade):
+        return Given(vis, ir, vis, ir)
     shown = read_colour(pair.vis)
     coloured = is_coloured(shown)
-    vis_to_fuse, ir_to_fuse = shown if coloured and (colour or degrade) else vis, ir
+    vis_to_fuse, ir_to_fuse = shown if coloured else vis, ir
     if degrade:
         bad = degrade_pair(vis_to_fuse / np.float32(255), ir / np.float32(255), degrade)
         vis_to_fuse, ir_to_fuse = (image * np.float32(255) for image in bad)

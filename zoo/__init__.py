@@ -173,6 +173,11 @@ class System:
         return stem if stem.startswith(cls.label) else f"{cls.label} {stem}"
 
     @classmethod
+    def is_stretched(cls, asked: bool | None) -> bool:
+        """Whether to stretch its images to the full range: as asked for, by default as in its published test."""
+        return cls.stretched if asked is None else asked
+
+    @classmethod
     def bundled_weights(cls, task: str) -> list[Path]:
         """The weight files that come with the project, the task's own last.
 
