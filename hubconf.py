@@ -28,18 +28,18 @@ def cddfuse(weights=None, task="ivf", **options):
     return _load("cddfuse", weights, task, options)
 
 
-def fsidfusion(weights, task="ivf", **options):
-    """FSIDFusion with a file in its published format; arguments as for `cddfuse`."""
+def fsidfusion(weights=None, task="ivf", **options):
+    """FSIDFusion; arguments as for `cddfuse`."""
     return _load("fsidfusion", weights, task, options)
 
 
-def mlfuse(weights, task="ivf", **options):
-    """MLFuse with a file in its published format; arguments as for `cddfuse`, but `skip` is "none" alone."""
+def mlfuse(weights=None, task="ivf", **options):
+    """MLFuse; arguments as for `cddfuse`, but `skip` is "none" alone."""
     return _load("mlfuse", weights, task, options)
 
 
-def tsdm(weights, task="ivf", **options):
-    """TSDM-Fusion with a file in its published format; arguments as for `cddfuse`, but `skip` is a padding."""
+def tsdm(weights=None, task="ivf", **options):
+    """TSDM-Fusion, its student; arguments as for `cddfuse`, but `skip` is a padding."""
     return _load("tsdm", weights, task, options)
 
 

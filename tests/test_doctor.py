@@ -148,6 +148,16 @@ def test_weights_of_others_are_looked_into(tmp_path):
     assert "NaN or infinite" in found[1][2] and "no file at" in found[2][2]
 
 
+def test_weights_of_another_system_are_looked_into(tmp_path):
+    find_system("mlfuse")().save(tmp_path / "good.pth")
+    fits, not_cddfuse, unknown = (
+        findings(doctor.check_weights, [tmp_path / "good.pth"], name)[-1] for name in ("mlfuse", "cddfuse", "other")
+    )
+    assert fits[0] == "ok" and "fit MLFuse" in fits[2]
+    assert not_cddfuse[0] == "FIX"
+    assert unknown[0] == "FIX" and "no system is called 'other'" in unknown[2]
+
+
 @pytest.mark.parametrize("damage", [lambda b: [b[0] + 1, *b[1:]], lambda b: [float("nan")] * len(b)])
 def test_a_wrong_answer_is_named(checkout, monkeypatch, damage):
     known = json.loads((checkout / "models" / doctor.ANSWERS).read_text())

@@ -33,6 +33,16 @@ print(type(model).__name__, model.weights.name, model.skip, model.training, tupl
     assert done.stdout == "Fuser CDDFuse_MIF.pth none False (2, 1, 20, 24)\n"
 
 
+def test_systems_have_the_weights_that_come_with_the_project():
+    for name in SYSTEMS:
+        bundled = find_system(name).weights["ivf"]
+        if bundled:
+            assert getattr(hubconf, name)().weights.name == bundled[-1]
+        else:
+            with pytest.raises(InputError, match="no weights"):
+                getattr(hubconf, name)()
+
+
 def test_every_system_has_a_name_and_nothing_else_has_one():
     # What torch.hub takes for models: everything that can be called and has a public name.
     names = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]

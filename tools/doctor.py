@@ -70,8 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="CDDFuse weights to check besides models/, or published",
+        help="weights to check besides models/, or published",
     )
+    add("--system", default="cddfuse", metavar="NAME", help="what --weights are weights of (default: cddfuse)")
     add("--record", action="store_true", help=f"write models/{ANSWERS} from the weights in models/, and exit")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         ("python", check_python),
         ("packages", check_packages),
         ("gpu", check_gpu),
-        ("weights", lambda: check_weights(args.weights)),
+        ("weights", lambda: check_weights(args.weights, args.system)),
         ("known answer", check_answers),
         ("data", lambda: check_data(args.data)),
         ("memory", check_memory),
@@ -196,7 +197,7 @@ def fits(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     return False
 
 
-def check_weights(others: Sequence[Path]) -> Iterator[Finding]:
+def check_weights(others: Sequence[Path], system_of_others: str = "cddfuse") -> Iterator[Finding]:
     answers = read_answers()
     for name in sorted(answers):
         path, system = in_checkout("models", name), answers[name]["system"]
@@ -217,13 +218,13 @@ def check_weights(others: Sequence[Path]) -> Iterator[Finding]:
                           "--record` if you have trained them")  # fmt: skip
     for path in others:
         try:
-            for file in published_or(path):
-                yield Finding("ok", str(file), f"{describe(file)}, sha256 {file_sha256(file)[:12]}")
+            for file in published_or(path, system_of_others):
+                yield Finding("ok", str(file), f"{describe(file, system_of_others)}, sha256 {file_sha256(file)[:12]}")
         except (InputError, OSError) as error:
             yield Finding("FIX", str(path), str(error).removeprefix(f"{path} "))
 
 
-def published_or(path: Path) -> list[Path]:
+def published_or(path: Path, system: str) -> list[Path]:
     """The file itself; for the word "published", the files that tools/download.py fetches.
 
     Raises:
@@ -233,14 +234,14 @@ def published_or(path: Path) -> list[Path]:
     from utils.inference import PUBLISHED, find_weights
     from zoo import find_system
 
-    files = find_weights(find_system("cddfuse"), "mif", path)  # for medical images both files are run
+    files = find_weights(find_system(system), "mif", path)  # for medical images both files are run
     for file in files if str(path) == PUBLISHED else []:
         if git_blob_id(file) != BLOBS[file.name]:
             raise InputError(f"{file} is not the published file; remove it and run `python -m tools.download weights`")
     return files
 
 
-def describe(path: Path, system: str = "cddfuse") -> str:
+def describe(path: Path, system: str) -> str:
     """Loads a file of a system's weights, key for key, and says what it is.
 
     Raises:

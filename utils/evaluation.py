@@ -31,8 +31,17 @@ from utils.scores import Row, ScoreSheet
 Scorer = Callable[..., dict[str, float]]  # the signature of `utils.metrics.score`
 
 
-def _average(vis: np.ndarray, ir: np.ndarray) -> np.ndarray:
-    return to_uint8((vis + ir) / 2).astype(np.float32)
+# What a method must beat, by name: the fused image that it would be, as written to 8 bits.
+BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "vis": lambda vis, ir: to_uint8(vis).astype(np.float32),
+    "ir": lambda vis, ir: to_uint8(ir).astype(np.float32),
+    "average": lambda vis, ir: to_uint8((vis + ir) / 2).astype(np.float32),
+}
+
+
+def baseline_labels(vis_name: str, ir_name: str) -> dict[str, str]:
+    """Label of a row -> its baseline."""
+    return {f"{vis_name} only": "vis", f"{ir_name} only": "ir", "average": "average"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class _Task:
 
     pair: Pair
     fused: Mapping[str, Path]  # method -> its file
-    baselines: Mapping[str, str]  # row label -> "vis", "ir" or "average"
+    baselines: Mapping[str, str]  # row label -> one of `BASELINES`
     protocols: Sequence[str]
     metrics: Sequence[str]
 
@@ -94,9 +103,7 @@ def evaluate(
     """
     found = list_pairs(vis_folder, ir_folder)
     files, problems, notes = _match(methods, found, vis_folder)
-    labels = {f"{vis_folder.name} only": "vis", f"{ir_folder.name} only": "ir", "average": "average"}
-    if not baselines:
-        labels = {}
+    labels = baseline_labels(vis_folder.name, ir_folder.name) if baselines else {}
     if set(labels) & set(methods):
         raise InputError(f"--fused uses the name of a baseline ({listed(set(labels) & set(methods))}); rename it")
     tasks = [
@@ -205,9 +212,8 @@ def _score_pair(task: _Task, scorer: Scorer) -> _Result:
 def _images(task: _Task, vis: np.ndarray, ir: np.ndarray) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     for method, path in task.fused.items():
         yield method, partial(read_grey, path)
-    made = {"vis": lambda: vis, "ir": lambda: ir, "average": partial(_average, vis, ir)}
     for label, kind in task.baselines.items():
-        yield label, made[kind]
+        yield label, partial(BASELINES[kind], vis, ir)
 
 
 def _score(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ from utils.memory import CPU_PIECE_PIXELS
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
 from utils.saliency import visual_saliency
+from utils.scores import means
 
 if TYPE_CHECKING:
     from zoo import Stage
@@ -51,7 +51,7 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
         scores = score(*(grey_of(image) for image in (fused, pair.ir, pair.vis)))
         metrics.append({name: scores[name] for name in PAPER_TABLE})
     model.train(training)
-    return Validation(_means(losses), _means(metrics))
+    return Validation(means(losses), means(metrics))
 
 
 def fused_levels(model: Any, pair: HeldOut, skip: str, precision: str) -> np.ndarray:
@@ -127,12 +127,6 @@ class Curves:
     def __exit__(self, *error: object) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each column over the rows that have a number there; NaN where none has."""
-    columns = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in rows[0]}
-    return {name: math.fsum(values) / len(values) if values else math.nan for name, values in columns.items()}
 
 
 def _stretched(maps: Tensor) -> np.ndarray:

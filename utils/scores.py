@@ -29,7 +29,7 @@ class ScoreSheet:
 
     def mean(self) -> dict[str, float]:
         """Mean of each metric over the images that have a value; NaN when none has."""
-        return {metric: _mean(self._values(metric)) for metric in self._metrics()}
+        return means(list(self.images.values()))
 
     def excluded(self) -> dict[str, int]:
         """Number of images without a value, for each metric that has such images."""
@@ -112,5 +112,7 @@ def format_excluded(sheets: Sequence[ScoreSheet], columns: Sequence[str] = PAPER
     return lines
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each column over the rows that have a number there; NaN where none has."""
+    columns = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in next(iter(rows), {})}
+    return {name: math.fsum(values) / len(values) if values else math.nan for name, values in columns.items()}

@@ -30,13 +30,13 @@ from utils import (
     in_checkout,
 )
 from utils.degradation import degrade_pair
+from utils.evaluation import BASELINES, baseline_labels
 from utils.images import (
     Pair,
     is_coloured,
     luma_of,
     read_colour,
     read_grey,
-    to_uint8,
     with_colour_of,
     write_colour,
     write_image,
@@ -347,21 +347,14 @@ def read_ahead(
 
 def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:
     """Scores of the sources and their average taken for fused images: what a method must beat."""
-    makers: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-        f"{test_set.vis_name} only": lambda vis, ir: vis,
-        f"{test_set.ir_name} only": lambda vis, ir: ir,
-        "average": lambda vis, ir: (vis + ir) / 2,
-    }
-    sheets: dict[str, dict[str, dict[str, float]]] = {name: {} for name in makers}
+    labels = baseline_labels(test_set.vis_name, test_set.ir_name)
+    sheets: dict[str, dict[str, dict[str, float]]] = {name: {} for name in labels}
     for pair in tqdm(test_set.found.pairs, desc=f"{test_set.name}, baselines", unit="pair", disable=None):
         try:
             vis, ir = pair.read()
-            scores = {
-                name: score(to_uint8(make(vis, ir)).astype(np.float32), ir, vis, protocol)
-                for name, make in makers.items()
-            }
+            scores = {name: score(BASELINES[kind](vis, ir), ir, vis, protocol) for name, kind in labels.items()}
         except (ValueError, OSError):
             continue  # fuse_set has named it
-        for name in makers:
+        for name in labels:
             sheets[name][pair.name] = scores[name]
     return [ScoreSheet(name.ljust(width), images) for name, images in sheets.items()]
