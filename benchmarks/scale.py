@@ -29,7 +29,7 @@ import torch
 from benchmarks.inference import made_model, operations_per_pixel, peak_memory
 from benchmarks.metrics import processor
 from utils import git_commit
-from utils.inference import keep_freed_memory, memory_to_take, plan_for, run_plan
+from utils.inference import PRECISIONS, keep_freed_memory, memory_to_take, plan_for, run_plan
 from utils.memory import MAP_BYTES, BoundedWorkspace, format_size, parse_size, resident_memory
 
 
@@ -39,7 +39,14 @@ def size_of(megapixels: float) -> tuple[int, int]:
     return height, round(megapixels * 1e6 / height)
 
 
-def run_one(megapixels: float, max_memory: int | None, scratch: Path | None, plan_only: bool, out: Path | None) -> dict:
+def run_one(
+    megapixels: float,
+    max_memory: int | None,
+    scratch: Path | None,
+    plan_only: bool,
+    out: Path | None,
+    precision: str = "float32",
+) -> dict:
     """Fuses noise of this size in this process and says what it took."""
     height, width = size_of(megapixels)
     device = torch.device("cpu")
@@ -48,11 +55,12 @@ def run_one(megapixels: float, max_memory: int | None, scratch: Path | None, pla
     shape = (2, height, width)
     vis, ir = rng.random(shape, dtype=np.float32) * np.float32(255) if not plan_only else np.empty(shape, np.float32)
     before = resident_memory()
-    plan = plan_for(model, (height, width), memory_to_take(device, max_memory), device, "float32")
+    plan = plan_for(model, (height, width), memory_to_take(device, max_memory), device, precision)
     workspace = BoundedWorkspace(plan.map_room, device, scratch)
-    maps = MAP_BYTES * height * width
+    maps = MAP_BYTES * height * width * PRECISIONS[precision].itemsize // 4
     report: dict[str, Any] = {
-        "height": height, "width": width, "max_memory": max_memory, "resident_before": before, "pixels": plan.pixels,
+        "height": height, "width": width, "precision": precision, "max_memory": max_memory, "resident_before": before,
+        "pixels": plan.pixels,
         "planned_working": plan.working, "planned_map_room": plan.map_room, "maps": maps,
         "planned_scratch": maps if maps > plan.map_room else 0,
     }  # fmt: skip
@@ -60,7 +68,7 @@ def run_one(megapixels: float, max_memory: int | None, scratch: Path | None, pla
         return report
     peak_memory(reset=True)
     cpu, wall = time.process_time(), time.perf_counter()
-    fused = run_plan(model, vis, ir, "vis", plan, workspace, normalise=False)
+    fused = run_plan(model, vis, ir, "vis", plan, workspace, normalise=False, precision=precision)
     report |= {
         "cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall,
         "peak": peak_memory(), "most": workspace.most, "operations": operations_per_pixel(model) * height * width,
@@ -72,7 +80,8 @@ def run_one(megapixels: float, max_memory: int | None, scratch: Path | None, pla
 
 def describe(found: dict[str, Any]) -> str:
     allowed = format_size(found["max_memory"]) if found["max_memory"] else "all free"
-    line = f"{found['width']}x{found['height']} ({found['width'] * found['height'] / 1e6:.1f} MP), allowed {allowed}: "
+    line = f"{found['width']}x{found['height']} ({found['width'] * found['height'] / 1e6:.1f} MP) "
+    line += f"in {found['precision']}, allowed {allowed}: "
     if "peak" not in found:
         line += f"pieces of {found['pixels']} pixels, {format_size(found['planned_working'])} for images and pieces, "
         line += f"{format_size(found['maps'])} of maps in "
@@ -88,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megapixels", type=float, nargs="+", default=[0.3, 1], help="default: 0.3 1")
     parser.add_argument("--max-memory", type=parse_size, nargs="+", metavar="SIZE", help="default: what is free")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="default: the system's temporary folder")
     parser.add_argument("--compare", action="store_true", help="how far results of one size are apart")
     parser.add_argument("--plan-only", action="store_true", help="say what a run would need, and run nothing")
@@ -105,7 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.max_memory:
             keep_freed_memory()
         found = run_one(
-            args.megapixels[0], args.max_memory and args.max_memory[0], args.scratch, args.plan_only, args.here
+            args.megapixels[0],
+            args.max_memory and args.max_memory[0],
+            args.scratch,
+            args.plan_only,
+            args.here,
+            args.precision,
         )
         print(json.dumps(found))
         return 0
@@ -116,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for allowed in args.max_memory or [None]:
                 saved = Path(folder) / "fused.npy"
                 command = [sys.executable, "-m", "benchmarks.scale", "--megapixels", str(megapixels)]
-                command += ["--here", str(saved), "--threads", str(args.threads)]
+                command += ["--here", str(saved), "--threads", str(args.threads), "--precision", args.precision]
                 command += ["--max-memory", str(allowed)] if allowed else []
                 command += ["--scratch", str(args.scratch)] if args.scratch else []
                 command += ["--plan-only"] if args.plan_only else []
