@@ -29,6 +29,7 @@ from utils import InputError, free_memory
 CPU_PIECE_PIXELS = 16384
 CUDA_PIECE_PIXELS = 2**20
 SMALLEST_PIECE = 256
+WORTH_MAPS = 8  # pieces are made smaller by up to this factor, so that maps fit into memory
 
 LIBRARY_BYTES = 64 * 10**6  # what torch and its libraries take at their first call, and as much again
 IMAGE_BYTES = 48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its stretching
@@ -112,10 +113,11 @@ def plan_memory(
         LIBRARY_BYTES + images + piece_memory(height, width, pixels) * element_size // 4 * 5 // 4  # the heap has gaps
         for pixels in sizes
     ]
-    # Maps in memory are worth more than large pieces, and large pieces more than room that holds no map.
-    for needed in (maps, 0):
+    # Maps in memory are worth smaller pieces, down to an eighth: beyond that a scratch file and the best pieces were
+    # measured to take less time (benchmarks/RESULTS.md). Large pieces are worth more than room that holds no map.
+    for needed, smallest in ((maps, most_pixels // WORTH_MAPS), (0, 0)):
         for pixels, taken in zip(sizes, working, strict=True):
-            if taken + needed <= free:
+            if pixels >= smallest and taken + needed <= free:
                 return Plan(pixels, free - taken, taken)
     raise InputError(
         f"{width}x{height} pixels need {format_size(working[-1])} beyond the {format_size(resident_memory())} that "
