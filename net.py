@@ -22,7 +22,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,9 +136,9 @@ Part = tuple[Callable[..., Tensor], tuple[Tensor, ...], int]
 
 
 def _in_pieces(
-    function: Callable[..., Tensor], maps: Sequence[Tensor], halo: int, into: Tensor | None = None
-) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-    """function(*maps) in pieces, each with its rows and columns.
+    function: Callable[..., Any], maps: Sequence[Tensor], halo: int, into: Tensor | None = None
+) -> Iterator[tuple[tuple[slice, slice], Any]]:
+    """function(*maps), a map or a tuple of maps, in pieces, each with its rows and columns.
 
     A piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
     """
@@ -163,8 +163,9 @@ def _in_pieces(
             start = max(left - halo, 0)
             piece = function(*(workspace.fetch(band[..., start : right + halo]) for band in bands))
             # Pixels near an inner edge have seen padding in place of their neighbours; they belong to another piece.
-            inner = piece[:, :, top - first : bottom - first, left - start : right - start]
-            yield (slice(top, bottom), slice(left, right)), inner
+            inner = (..., slice(top - first, bottom - first), slice(left - start, right - start))
+            piece = tuple(x[inner] for x in piece) if isinstance(piece, tuple) else piece[inner]
+            yield (slice(top, bottom), slice(left, right)), piece
         del bands, band
         workspace.row_done()
 
@@ -207,23 +208,23 @@ def strip_by_strip(function: Callable[..., Tensor], *maps: Tensor, halo: int, in
 # ---------------------------------------------------------------------------------------------------------
 
 
-def attention_sums(qk: Tensor) -> tuple[Tensor, Tensor]:
+def attention_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The only quantities of channel attention that span the image: plain sums over pixels.
 
     Being sums, they may be gathered tile by tile; `attention_map` then gives the map of the whole image.
 
     Args:
-        qk: queries and keys of every pixel, (B, H*W, 2C).
+        q, k: queries and keys of every pixel, (B, H*W, C) each.
 
     Returns:
         q^T k, (B, C, C), and the squared norms of q and of k over pixels, (B, 2C); at least float32.
     """
-    q, k = qk.chunk(2, dim=2)
     # All C x C products in one matrix product, though only the diagonal blocks (one a head) are used: one
     # well-shaped product is faster than G thin ones.
     products = _at_least_float32(q.transpose(1, 2) @ k)
     # The squares of half-precision numbers are added up in float32; vector_norm takes several times as long.
-    return products, qk.square().sum(dim=1, dtype=torch.promote_types(qk.dtype, torch.float32))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return products, torch.cat([x.square().sum(dim=1, dtype=exact) for x in (q, k)], dim=1)
 
 
 def attention_map(products: Tensor, squares: Tensor, temperature: Tensor) -> Tensor:
@@ -260,12 +261,11 @@ class Attended(NamedTuple):
     def __call__(self, x: Tensor, values: Tensor | None = None) -> Tensor:
         """The attention's output at a piece of the image: (B, C, h, w), and values if they were kept -> same."""
         v = self.make_values(x) if values is None else values
-        pixels = v.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h * w, C), a view in channels-last
-        return (pixels @ self.matrix.to(v.dtype)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
+        return (_pixels(v) @ self.matrix.to(v.dtype)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
 
 
 def attend(
-    make_qkv: Callable[[Tensor], Tensor],
+    make_qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
     make_values: Callable[[Tensor], Tensor],
     x: Tensor,
     temperature: Tensor,
@@ -274,20 +274,19 @@ def attend(
     """Gathers the sums of channel attention over an image.
 
     Args:
-        make_qkv: x -> queries, keys, values stacked along channels, (B, 3C, H, W); a pixel of the result may
-            depend on the pixels next to it.
-        make_values: x -> the last third of the same.
+        make_qkv: x -> queries, keys and values, (B, C, H, W) each; a pixel of them may depend on the pixels next to
+            it. Three maps and not slices of one: those would be copied for the products, and put together again in
+            the backward pass.
+        make_values: x -> the last of the same.
         x: (B, C, H, W).
         temperature: (G, 1, 1).
         projection: weight of the bias-free 1x1 output convolution, (C, C, 1, 1).
     """
     values: Tensor | None = None
     sums: list[Tensor] = []
-    for (rows, columns), qkv in _in_pieces(make_qkv, (x,), halo=1):
-        channels = qkv.shape[1] // 3
-        qk, v = qkv.split([2 * channels, channels], dim=1)
-        part = attention_sums(qk.permute(0, 2, 3, 1).flatten(1, 2))  # pixels first, a view in channels-last
-        if qkv.shape[2:] == x.shape[2:]:
+    for (rows, columns), (q, k, v) in _in_pieces(make_qkv, (x,), halo=1):
+        part = attention_sums(_pixels(q), _pixels(k))
+        if v.shape[2:] == x.shape[2:]:
             sums, values = list(part), v
             break
         if not sums:
@@ -308,6 +307,11 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C), a view in channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -323,6 +327,27 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 def conv3x3(in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, groups=groups, bias=False)
+
+
+def _up_and_group(x: Tensor, up: Tensor, grouped: Tensor) -> Tensor:
+    """1x1 convolution, then a 3x3 one in groups: (B, I, H, W) -> (B, O, H, W).
+
+    Args:
+        x: as above.
+        up: (O, I, 1, 1).
+        grouped: (O, n, 3, 3) for groups of n channels.
+    """
+    size = grouped.shape[1]
+    if size == 1:
+        return F.conv2d(F.conv2d(x, up), grouped, padding=1, groups=len(grouped))
+    # Libraries are slow on small groups, above all backwards, and fast on single channels: so n depthwise convolutions,
+    # of the map with the channels of each group moved on by 0 to n - 1 places. To move them is up to the 1x1 weights.
+    up, grouped = up.unflatten(0, (-1, size)), grouped.unflatten(0, (-1, size))
+    terms = []
+    for shift in range(size):
+        own = grouped.roll(-shift, 2).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
+        terms.append(_up_and_group(x, up.roll(-shift, 1).flatten(0, 1), own))
+    return sum(terms[1:], start=terms[0])
 
 
 class PixelNorm(nn.Module):
@@ -347,13 +372,14 @@ class DepthwiseAttention(nn.Module):
         self.project_out = conv1x1(dim, dim)
 
     def forward(self, norm: PixelNorm, x: Tensor) -> Attended:
-        v_in, v_depthwise = (conv.weight.chunk(3)[2] for conv in (self.qkv, self.qkv_dwconv))
+        weights = list(zip(self.qkv.weight.chunk(3), self.qkv_dwconv.weight.chunk(3), strict=True))
+
+        def make_qkv(x: Tensor) -> tuple[Tensor, ...]:
+            x = norm(x)
+            return tuple(_up_and_group(x, *each) for each in weights)
 
         def make_values(x: Tensor) -> Tensor:
-            return F.conv2d(F.conv2d(norm(x), v_in), v_depthwise, padding=1, groups=len(v_in))
-
-        def make_qkv(x: Tensor) -> Tensor:
-            return self.qkv_dwconv(self.qkv(norm(x)))
+            return _up_and_group(norm(x), *weights[2])
 
         return attend(make_qkv, make_values, x, self.temperature, self.project_out.weight)
 
@@ -372,12 +398,16 @@ class FullAttention(nn.Module):
         # Nothing stands between the two convolutions, so they are one 3x3 convolution from C to 3C: a third
         # of the work, the same function and, through this product, the same gradient.
         weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight, self.qkv1.weight.flatten(1))
-        weight = _channels_last(weight)
+        weights = _channels_last(weight).chunk(3)
 
-        def make(rows: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda x: F.conv2d(norm(x), rows, padding=1)
+        def make_qkv(x: Tensor) -> tuple[Tensor, ...]:
+            x = norm(x)
+            return tuple(F.conv2d(x, each, padding=1) for each in weights)
 
-        return attend(make(weight), make(weight.chunk(3)[2]), x, self.scale, self.proj.weight)
+        def make_values(x: Tensor) -> Tensor:
+            return F.conv2d(norm(x), weights[2], padding=1)
+
+        return attend(make_qkv, make_values, x, self.scale, self.proj.weight)
 
 
 class GatedFeedForward(nn.Module):
@@ -390,7 +420,9 @@ class GatedFeedForward(nn.Module):
         self.project_out = conv1x1(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        # Two maps and not the halves of one, for the reason that `attend` gives.
+        weights = zip(self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2), strict=True)
+        gate, value = (_up_and_group(x, *each) for each in weights)
         return self.project_out(F.gelu(gate) * value)
 
 

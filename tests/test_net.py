@@ -168,11 +168,11 @@ def test_memory_layout_of_the_input_does_not_matter(model):
 
 def test_attention_sums_gathered_by_halves_give_the_whole_map():
     torch.manual_seed(0)
-    qk = torch.randn(2, 60, 128, dtype=torch.float64)
+    q, k = torch.randn(2, 2, 60, 64, dtype=torch.float64)
     temperature = torch.rand(8, 1, 1, dtype=torch.float64) + 0.5
-    halves = [net.attention_sums(half) for half in qk.split(25, dim=1)]
+    halves = [net.attention_sums(*half) for half in zip(q.split(25, dim=1), k.split(25, dim=1), strict=True)]
     products, squares = (sum(parts) for parts in zip(*halves, strict=True))
-    whole = net.attention_map(*net.attention_sums(qk), temperature)
+    whole = net.attention_map(*net.attention_sums(q, k), temperature)
     torch.testing.assert_close(net.attention_map(products, squares, temperature), whole, rtol=0, atol=1e-14)
 
 
@@ -184,7 +184,7 @@ def test_attend_equals_attention_written_out():
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     attended = torch.softmax(q @ k.transpose(-2, -1) * temperature, dim=-1) @ v
     wanted = torch.nn.functional.conv2d(attended.reshape(2, 16, 5, 7), projection)
-    attended = net.attend(lambda x: x, lambda x: x.chunk(3, dim=1)[2], qkv, temperature, projection)
+    attended = net.attend(lambda x: x.chunk(3, dim=1), lambda x: x.chunk(3, dim=1)[2], qkv, temperature, projection)
     for got in (attended(qkv), attended(qkv, attended.values)):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
@@ -271,10 +271,24 @@ def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
     got = torch.autograd.grad(attended(x, attended.values).square().sum(), weights)
 
     def two(x):
-        return attention.qkv2(attention.qkv1(norm(x)))
+        return attention.qkv2(attention.qkv1(norm(x))).chunk(3, dim=1)
 
-    plain = net.attend(two, lambda x: two(x).chunk(3, dim=1)[2], x, attention.scale, attention.proj.weight)
+    plain = net.attend(two, lambda x: two(x)[2], x, attention.scale, attention.proj.weight)
     for a, b in zip(got, torch.autograd.grad(plain(x).square().sum(), weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_groups_of_channels_are_convolved_as_by_torch(size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    up = torch.randn(8, 6, 1, 1, dtype=torch.float64, requires_grad=True)
+    grouped = torch.randn(8, size, 3, 3, dtype=torch.float64, requires_grad=True)
+    wanted = torch.conv2d(torch.conv2d(x, up), grouped, padding=1, groups=8 // size)
+    got = net._up_and_group(x, up, grouped)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(y.square().sum(), (up, grouped)) for y in (got, wanted))
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
