@@ -493,6 +493,16 @@ class BaseFeatureExtraction(TransformerBlock):
         return self.mlp(x)
 
 
+class ReflectionPad(nn.ReflectionPad2d):
+    """Reflection padding in the dtype of its input. Autocast makes it float32 on a CPU, to no use, and copies twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class Bottleneck(nn.Module):
     """1x1 up, depthwise 3x3 over reflected borders, 1x1 down, ReLU6 between. (B, I, H, W) -> (B, O, H, W)."""
 
@@ -501,10 +511,10 @@ class Bottleneck(nn.Module):
         hidden = in_channels * expansion
         self.bottleneckBlock = nn.Sequential(
             conv1x1(in_channels, hidden),
-            nn.ReLU6(),
-            nn.ReflectionPad2d(1),
+            nn.ReLU6(inplace=True),
+            ReflectionPad(1),
             nn.Conv2d(hidden, hidden, 3, groups=hidden, bias=False),
-            nn.ReLU6(),
+            nn.ReLU6(inplace=True),
             conv1x1(hidden, out_channels),
         )
 
