@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -66,6 +67,17 @@ def transcribed(model: CDDFuseSystem, vis: np.ndarray, ir: np.ndarray) -> np.nda
     return to_levels(reference_net.CDDFuse.like(model).fuse(to_network(vis, device), to_network(ir, device)))
 
 
+def transcribed_with_exact_sums(model: CDDFuseSystem, vis: np.ndarray, ir: np.ndarray) -> np.ndarray:
+    """The same with attention in float64, whose sums over all pixels lose digits in float32."""
+    literal = reference_net.channel_attention
+
+    def exact(qkv: torch.Tensor, temperature: torch.Tensor, heads: int) -> torch.Tensor:
+        return literal(qkv.double(), temperature.double(), heads).to(qkv.dtype)
+
+    with mock.patch.object(reference_net, "channel_attention", exact):
+        return transcribed(model, vis, ir)
+
+
 def sides(model: CDDFuseSystem, vis: np.ndarray, ir: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
     def ours(precision: str) -> Callable[[], np.ndarray]:
         return lambda: fuse_arrays(model, vis, ir, "vis", normalise=False, precision=precision)
@@ -93,11 +105,14 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": float(median), "q25": float(low), "q75": float(high), "calls": len(seconds)}
 
 
-def time_size(model: CDDFuseSystem, height: int, width: int, rounds: int, chosen: Sequence[str]) -> dict[str, Any]:
+def time_size(
+    model: CDDFuseSystem, height: int, width: int, rounds: int, chosen: Sequence[str], exact: bool
+) -> dict[str, Any]:
     """Times of all sides in turns, and how far their results are apart."""
     device = next(model.parameters()).device
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    calls = {name: call for name, call in sides(model, *made_pair(height, width, seed=0)[1:]).items() if name in chosen}
+    pair = made_pair(height, width, seed=0)[1:]
+    calls = {name: call for name, call in sides(model, *pair).items() if name in chosen}
     small = sides(model, *made_pair(48, 64, seed=0)[1:])
     results, cpu, wall = {}, {name: [] for name in calls}, {name: [] for name in calls}
     rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
@@ -113,6 +128,7 @@ def time_size(model: CDDFuseSystem, height: int, width: int, rounds: int, chosen
             wall[name].append(time.perf_counter() - wall_started)
     report: dict[str, Any] = {"matrix_product_per_s": {name: float(np.median(found)) for name, found in rates.items()}}
     operations = operations_per_pixel(model) * height * width
+    with_exact_sums = transcribed_with_exact_sums(model, *pair) if exact else None
     for name in calls:
         side = report[name] = {"seconds": spread(cpu[name]), "wall_seconds": spread(wall[name])}
         rate = operations / side["seconds"]["median"]
@@ -123,6 +139,8 @@ def time_size(model: CDDFuseSystem, height: int, width: int, rounds: int, chosen
             side["ratio"] = report["transcription"]["seconds"]["median"] / side["seconds"]["median"]
             side["wall_ratio"] = report["transcription"]["wall_seconds"]["median"] / side["wall_seconds"]["median"]
             side["largest_difference"] = float(np.abs(results[name] - results["transcription"]).max() / 255)
+        if exact:
+            side["largest_difference_to_exact_sums"] = float(np.abs(results[name] - with_exact_sums).max() / 255)
         if name == "bfloat16" and "float32" in calls:
             error = float(np.mean((results[name] / 255 - results["float32"] / 255) ** 2))
             side["psnr_to_float32_db"] = 10 * math.log10(1 / error)
@@ -177,6 +195,8 @@ def print_report(report: dict[str, Any]) -> None:
             if "ratio" in side:
                 line += f", {side['ratio']:.2f}x (wall {side['wall_ratio']:.2f}x)"
                 line += f", difference {side['largest_difference']:.1e}"
+            if "largest_difference_to_exact_sums" in side:
+                line += f", difference to exact sums {side['largest_difference_to_exact_sums']:.1e}"
             if "psnr_to_float32_db" in side:
                 line += (
                     f", PSNR {side['psnr_to_float32_db']:.1f} dB, mean {side['mean_difference_grey_levels']:.3f} levels"
@@ -193,6 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--threads", type=int, default=1, help="of the processor (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument(
+        "--exact", action="store_true", help="how far each is from the transcription with attention sums in float64"
+    )
     parser.add_argument("--no-peaks", action="store_true", help="do not measure memory, which takes one more call each")
     parser.add_argument("--load", default="", help="what else the machine was doing, for the record")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
@@ -221,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": git_commit(),
     }  # fmt: skip
     for size, (height, width) in sizes.items():
-        found = report["sizes"][size] = time_size(model, height, width, args.rounds, args.sides)
+        found = report["sizes"][size] = time_size(model, height, width, args.rounds, args.sides, args.exact)
         for side in args.sides if not args.no_peaks else ():
             found[side]["peak_bytes"] = peak_of(side, size, args.device, args.threads)
         print_report({**report, "sizes": {size: found}})

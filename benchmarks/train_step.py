@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="side of the patches (default: 128, published)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way and phase (default: 3)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of each before: memory settles (default: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile our step")
@@ -127,13 +128,13 @@ def ours(precision: str, phase: int, args: argparse.Namespace) -> Run:
 
 def time_in_turns(steps: dict, args: argparse.Namespace) -> dict:
     times: dict = {key: {"cpu": [], "wall": []} for key in steps}
-    for number in range(args.rounds + 1):  # the first round warms up
+    for number in range(args.warm_up + args.rounds):
         for key, step in steps.items():
             synchronise(args.device)
             cpu, wall = time.process_time(), time.perf_counter()
             step()
             synchronise(args.device)
-            if number:
+            if number >= args.warm_up:
                 times[key]["cpu"].append(time.process_time() - cpu)
                 times[key]["wall"].append(time.perf_counter() - wall)
     return times
