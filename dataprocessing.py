@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="data sets: folders that hold ir/ and vi/, or MRI/ and one of CT/, PET/, SPECT/ (default: MSRS_train)",
+        help="data sets: folders that hold ir/ and vi/, or MRI/ and one of CT/, PET/, SPECT/; one that is named twice "
+        "counts twice (default: MSRS_train)",
     )
     add(
         "--vi",
@@ -111,6 +112,7 @@ def prepare(args: argparse.Namespace) -> int:
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
 
+    to_hold_out = set(held_out)  # each once, where a folder is named twice to have its patches twice
     kept = dropped = 0
     bad: list[str] = []
     about = {
@@ -124,7 +126,9 @@ def prepare(args: argparse.Namespace) -> int:
         for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
             try:
                 if pair in held_out:
-                    writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
+                    if pair in to_hold_out:
+                        to_hold_out.remove(pair)
+                        writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                     continue
                 patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
             except (InputError, OSError) as error:

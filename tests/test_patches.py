@@ -316,6 +316,17 @@ def test_every_nth_pair_is_held_out_and_no_patch_is_cut_from_it(tmp_path, layout
     assert len(dataset) == 5 * 4
 
 
+def test_a_set_named_twice_counts_twice_and_its_held_out_pairs_once(tmp_path):
+    for i in range(4):
+        write_pair(tmp_path / "SET", ("vi", "ir"), f"{i}.png", seed=i)
+    options = ["--patch-size", "32", "--stride", "32", "--holdout", "4", "--holdout-size", "50"]
+    out = tmp_path / "p.h5"
+    assert dataprocessing.main(["--data", *[str(tmp_path / "SET")] * 2, "--out", str(out), *options]) == 0
+    dataset = PatchDataset(out)
+    assert len(dataset) == 2 * 3 * 4
+    assert [Path(pair.name).name for pair in dataset.held_out] == ["2.png"]
+
+
 def test_bad_holdouts_are_refused(folder, tmp_path, capsys):
     for options in (["--holdout", "1"], ["--holdout", "-2"], ["--holdout", "2", "--holdout-size", "40"]):
         assert dataprocessing.main(["--data", str(folder), "--out", str(tmp_path / "p.h5"), *options]) == 2
