@@ -81,7 +81,7 @@ def save_checkpoint(
     """
     content: dict[str, Any] = {
         name: {
-            _PREFIX + key: _stored(value, f"{name}: {key}", half)
+            _PREFIX + key: stored(value, f"{name}: {key}", half)
             for key, value in getattr(model, attribute).state_dict().items()
         }
         for name, attribute in model.published_networks.items()
@@ -133,7 +133,7 @@ def save_network(
     Raises:
         InputError, OSError: as `save_checkpoint`.
     """
-    state = {key: _stored(value, key, half) for key, value in network.state_dict().items()}
+    state = {key: stored(value, key, half) for key, value in network.state_dict().items()}
     save_file(path, {STATE_DICT: state} | ({ABOUT: about} if about else {}))
 
 
@@ -203,16 +203,17 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu", *, mod
     return content
 
 
-def _stored(value: Tensor, name: str, half: bool) -> Tensor:
+def stored(value: Tensor, name: str, half: bool) -> Tensor:
+    """A tensor as a file holds it: float32, or with `half` what `save_checkpoint` says; integers as they are."""
     value = value.detach().cpu()
     if not value.is_floating_point():
         return value
     if not (half and value.ndim > 1):
         return value.float()
-    stored = value.half()
-    if not torch.equal(stored.isfinite(), value.isfinite()):
+    halved = value.half()
+    if not torch.equal(halved.isfinite(), value.isfinite()):
         raise InputError(f"{name} reaches {value.abs().max():.3g}, beyond float16; save these weights in float32")
-    return stored
+    return halved
 
 
 def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) -> dict[str, StateDict]:

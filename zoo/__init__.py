@@ -15,7 +15,7 @@ A system is a class that is an `nn.Module` and has
 - `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
   the images;
 - `stages(options, task)`: the training, as a list of `Stage`;
-- `load_published(path)` and `save(path, about)`: its checkpoint files.
+- `load_published(path)` and `save(path, about, half)`: its checkpoint files.
 
 What most of them do alike is in `System`. It may also have
 

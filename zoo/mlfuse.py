@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import net
 from utils import InputError
-from utils.checkpoint import ABOUT, save_file
+from utils.checkpoint import ABOUT, save_file, stored
 from utils.losses import multi_branch_loss
 from utils.metrics import PAPER_TABLE
 from zoo import Batch, Stage, System, check_options, option
@@ -371,10 +371,10 @@ class MLFuseSystem(System, nn.Module):
 
         return [Stage("joint", options.epochs, {"network": self.network}, losses)]
 
-    def save(self, path: Path | str, about: dict[str, Any] | None = None) -> None:
-        """Saves in the published format, `epoch` and `model`, without `module.` prefixes."""
+    def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
+        """Saves in the published format, `epoch` and `model`, without `module.` prefixes; `half` as elsewhere."""
         about = about or {}
-        state = {key: value.detach().cpu() for key, value in self.network.state_dict().items()}
+        state = {key: stored(value, key, half) for key, value in self.network.state_dict().items()}
         save_file(path, {"epoch": about.get("epochs", 0), "model": state, ABOUT: about})
 
 
