@@ -87,6 +87,8 @@ COMMANDS = {
     "python dataprocessing.py --data my_scans --patch-size 128 --stride 128 --holdout 10 --out data/scans.h5": How(
         CUT, makes=("data/scans.h5",)
     ),
+    "python dataprocessing.py --data train/MRI_CT train/MRI_CT train/MRI_CT train/MRI_PET train/MRI_SPECT "
+    "--patch-size 256 --stride 256 --holdout 60 --out data/MIF_ct3.h5": How(CUT, makes=("data/MIF_ct3.h5",)),
     "python dataprocessing.py --data train/MRI_CT train/MRI_PET train/MRI_SPECT --patch-size 256 --stride 256 "
     "--holdout 60 --out data/MIF_h.h5": How(CUT, makes=("data/MIF_h.h5",)),
     "python dataprocessing.py --data train/MRI_CT train/MRI_PET train/MRI_SPECT --patch-size 256 --stride 256 "
@@ -149,6 +151,8 @@ COMMANDS = {
     ),
     "python test_IVF.py --device cpu": How(makes=RESULT, says="cpu float32"),
     "python test_IVF.py --max-memory 2GB": How(makes=RESULT),
+    "python test_IVF.py --system fsidfusion": How(makes=("test_result/FSIDFusion/TNO/1.png",)),
+    "python test_MIF.py --system fsidfusion": How(makes=("test_result/FSIDFusion/MRI_SPECT/1.png",)),
     "python test_IVF.py --system fsidfusion --weights runs/fsidfusion_ivf/FSIDFusion_IVF.pth": How(
         there=weights("runs/fsidfusion_ivf/FSIDFusion_IVF.pth", "fsidfusion"), says="The test result of TNO :"
     ),
@@ -227,6 +231,10 @@ COMMANDS = {
         ("runs/teacher/TSDM-Fusion_IVF.pth",),
     ),
     "python train.py --task mif --data data/MIF.h5": How(STAGES, MIF, MIF_RUN),
+    "python train.py --task mif --data data/MIF_ct3.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
+    "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 26": How(
+        SECOND_STAGE, (("data/MIF_ct3.h5", PATCHES),), MIF_RUN
+    ),
     "python train.py --task mif --data data/MIF.h5 --crop 64 --flips --epoch-batches 50 --precision bfloat16 "
     "--learning-rate 1e-3 --schedule cosine --warmup-steps 50 --stage1-epochs 6 --stage2-epochs 22": How(
         STAGES, MIF, MIF_RUN

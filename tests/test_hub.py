@@ -35,12 +35,9 @@ print(type(model).__name__, model.weights.name, model.skip, model.training, tupl
 
 def test_systems_have_the_weights_that_come_with_the_project():
     for name in SYSTEMS:
-        bundled = find_system(name).weights["ivf"]
-        if bundled:
-            assert getattr(hubconf, name)().weights.name == bundled[-1]
-        else:
-            with pytest.raises(InputError, match="no weights"):
-                getattr(hubconf, name)()
+        assert getattr(hubconf, name)().weights.name == find_system(name).weights["ivf"][-1]
+    with pytest.raises(InputError, match="no weights of TSDM-Fusion come with the project"):
+        hubconf.tsdm(task="mif")
 
 
 def test_every_system_has_a_name_and_nothing_else_has_one():

@@ -149,7 +149,7 @@ def test_limits_hold_before_an_image_is_unpacked(desk, pair, tmp_path, monkeypat
     [
         {"weights": "../../models/CDDFuse_IVF.pth"},
         {"weights": "/etc/passwd"},
-        {"system": "fsidfusion"},
+        {"system": "other"},
         {"system": ["cddfuse"]},
         {"task": "__class__"},
         {"colour": "red"},

@@ -157,6 +157,7 @@ class FSIDFusion(System, nn.Module):
     smallest_side = net.SMALLEST_SIDE
     smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     smallest_batch = 2  # batch norm behind a global mean has one value a channel and patch
+    weights = {"ivf": ("FSIDFusion.pth",), "mif": ("FSIDFusion.pth",)}  # one file for all images, as published
     columns = PUBLISHED_COLUMNS["fsidfusion"]
     Options = Options
 
