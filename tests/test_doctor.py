@@ -123,17 +123,18 @@ def test_other_missing_and_damaged_weights_are_named_and_recording_settles_it(ch
     torch.manual_seed(0)
     find_system("cddfuse")().save(models / "CDDFuse_IVF.pth")
     (models / "CDDFuse_MIF.pth").write_bytes(b"damaged")
+    others = len(doctor.read_answers()) - 2
     found = findings(doctor.check_weights, ())
-    assert [state for state, *_ in found] == ["FIX", "FIX", "ok", "ok"]
-    assert "111 keys fit MLFuse, all finite" in found[2][2]
+    assert [state for state, *_ in found] == ["FIX", "FIX"] + ["ok"] * others
+    assert any("111 keys fit MLFuse, all finite" in text for *_, text in found[2:])
     assert "158 keys fit CDDFuse, all finite, but sha256" in found[0][2] and "is not the recorded" in found[0][2]
     assert "not a PyTorch checkpoint" in found[1][2]
-    assert states(doctor.check_answers) == ["ok", "ok"]  # an unknown file has no known answer
+    assert states(doctor.check_answers) == ["ok"] * others  # an unknown file has no known answer
     (models / "CDDFuse_MIF.pth").unlink()
     before = (models / "MLFuse.pth").read_bytes()
-    assert states(doctor.check_weights, ()) == ["FIX", "FIX", "ok", "ok"]
+    assert states(doctor.check_weights, ()) == ["FIX", "FIX"] + ["ok"] * others
     assert doctor.main(["--record"]) == 0
-    assert states(doctor.check_weights, ()) == ["ok"] * 3 and states(doctor.check_answers) == ["ok"] * 3
+    assert states(doctor.check_weights, ()) == states(doctor.check_answers) == ["ok"] * (1 + others)
     assert (models / "MLFuse.pth").read_bytes() == before
 
 

@@ -481,8 +481,8 @@ def test_published_is_a_word_for_weights(server, checkout, capsys, monkeypatch):
     assert files_in(checkout / "out/CDDFuse_IVF_published/MINE") == files_in(checkout / "out/CDDFuse_IVF/MINE")
 
     with pytest.raises(InputError, match="is not the published file"):
-        doctor.published_or(Path("published"))
+        doctor.published_or(Path("published"), "cddfuse")
     monkeypatch.setattr(
         download, "BLOBS", {name: download.git_blob_id(ROOT / "models" / name) for name in download.BLOBS}
     )
-    assert len(doctor.published_or(Path("published"))) == 2
+    assert len(doctor.published_or(Path("published"), "cddfuse")) == 2
