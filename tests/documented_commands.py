@@ -71,6 +71,9 @@ COMMANDS = {
     "python -m tools.export": How(not_run=TRACES),
     "python -m tools.export --system mlfuse --weights model_fuse.pth": How(not_run=TRACES),
     "python -m tools.export --task mif --formats onnx --no-stretch": How(not_run=TRACES),
+    "python -m tools.halve runs/fsidfusion/FSIDFusion_IVF.pth FSIDFusion.pth --system fsidfusion": How(
+        there=weights("runs/fsidfusion/FSIDFusion_IVF.pth", "fsidfusion"), makes=("FSIDFusion.pth",)
+    ),
     "python -m tools.make_panel": How(makes=("docs/samples.png",)),
     "python app.py": How(not_run=SERVES),
     "python app.py --host 0.0.0.0 --max-memory 4GB": How(not_run=SERVES),
@@ -194,6 +197,11 @@ COMMANDS = {
     ),
     "python train.py --data data/mine.h5 --init models/CDDFuse_IVF.pth --out runs/mine": How(
         STAGES, (("data/mine.h5", PATCHES),), ("runs/mine/CDDFuse_IVF.pth",)
+    ),
+    "python train.py --system fsidfusion --data data/joint_s.h5 --crop 64 --flips --precision bfloat16 "
+    "--schedule cosine --learning-rate 1e-3 --warmup-steps 50 --ema 0.99 --epoch-batches 50 --stage1-epochs 6 "
+    "--stage2-epochs 14 --out runs/fsidfusion": How(
+        STAGES, (("data/joint_s.h5", "stand-ins/saliency.h5"),), ("runs/fsidfusion/FSIDFusion_IVF.pth",)
     ),
     "python train.py --system fsidfusion --data data/MSRS.h5": How(
         STAGES, MSRS, ("runs/fsidfusion_ivf/FSIDFusion_IVF.pth",)
