@@ -79,7 +79,8 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> N
         # Choices are shown here and checked by the dataclass, which code that makes one by hand goes through too.
         shown = "|".join(item.metadata["choices"]) or item.type.upper()
         how = {"type": kind, "metavar": shown} if kind else {"action": argparse.BooleanOptionalAction}
-        text = f"{item.metadata['help']} (default: {item.default})"
+        # Filled in when help is shown: a recipe changes defaults after the options were added.
+        text = f"{item.metadata['help']} (default: %(default)s)"
         group.add_argument(f"--{item.name.replace('_', '-')}", default=item.default, help=text, **how)
 
 

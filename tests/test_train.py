@@ -413,6 +413,12 @@ def test_recipe_sets_defaults_and_published_is_the_published_code():
     assert train.default_recipe(CDDFuseSystem) == "ours"
 
 
+def test_help_shows_the_defaults_of_the_recipe():
+    for recipe, shown in (("ours", "network (default: 0.001)"), ("published", "network (default: 0.0001)")):
+        help_text = " ".join(train.build_parser(CDDFuseSystem, recipe).format_help().split())
+        assert shown in help_text
+
+
 def test_average_of_weights_is_what_is_kept_and_the_run_goes_on_with_its_own(patch_file, tmp_path):
     options = ["--ema", "0.9", "--epoch-batches", "3"]
     run(patch_file, tmp_path / "a", *options, epochs=(1, 0))
