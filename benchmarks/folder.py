@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
+    commit = git_commit()  # now: the checkout may change during the runs
     try:
         found = measure(args.data, args.pairs, args.system, args.precision, args.device)
     except (InputError, OSError) as error:
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": {"processor": processor(), "system": platform.platform(), "threads": args.threads, "load": args.load,
                     "device": args.device},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": git_commit(),
+        "commit": commit,
     }  # fmt: skip
     seconds = ", ".join(f"{name} {spent:.2f}" for name, spent in found["seconds"].items())
     print(f"{found['set']}, {found['pairs']} pairs: wall {found['wall_seconds']:.1f} s; in all {seconds} s; network at "

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     folder = args.out or Path(tempfile.mkdtemp(prefix="recipes_"))
+    commit = git_commit()  # now: the checkout may change during the runs
     try:
         rows = {recipe: train_for(recipe, folder, args) for recipe in args.recipes}
     finally:
@@ -56,7 +57,7 @@ def compare(args: argparse.Namespace) -> int:
             shutil.rmtree(folder)
     about = {"data": args.data.name, "system": args.system, "task": args.task, "minutes": args.minutes,
              "device": args.device, "machine": platform.machine(), "threads": torch.get_num_threads(),
-             "python": platform.python_version(), "torch": str(torch.__version__), "commit": git_commit()}  # fmt: skip
+             "python": platform.python_version(), "torch": str(torch.__version__), "commit": commit}  # fmt: skip
     print("| recipe | steps | patches | minutes | held-out total | " + " | ".join(PAPER_TABLE) + " |")
     print("|" + "---|" * (5 + len(PAPER_TABLE)))
     for recipe, row in rows.items():

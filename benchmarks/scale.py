@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(json.dumps(found))
         return 0
+    commit = git_commit()  # now: the checkout may change during the runs
     runs = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for megapixels in args.megapixels:
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "processor": processor(), "system": platform.platform(), "threads": args.threads, "load": args.load,
             },
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "commit": git_commit(),
+            "commit": commit,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0

@@ -53,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     peaks = {way: peak_memory(way, args) for way in WAYS} if args.memory else {}
     torch.set_num_threads(args.threads)
     keep_freed_memory()
+    commit = git_commit()  # now: the checkout may change during the runs
     rate = {name: matrix_rate(args.device, dtype) for name, dtype in
             (("float32", torch.float32), ("bfloat16", torch.bfloat16))}  # fmt: skip
     times = time_in_turns({(way, phase): make_step(way, phase, args) for way in WAYS for phase in PHASES}, args)
     result = {
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor(),
-        "threads": args.threads, "torch": str(torch.__version__), "commit": git_commit(), "size": args.size,
+        "threads": args.threads, "torch": str(torch.__version__), "commit": commit, "size": args.size,
         "batch_size": args.batch_size, "rounds": args.rounds, "compile": args.compile, "matrix_product_flops": rate,
         "ways": {},
     }  # fmt: skip
