@@ -73,11 +73,17 @@ def build_parser() -> argparse.ArgumentParser:
         f"or any of {' '.join(METRICS)}")  # fmt: skip
     add("--baselines", action="store_true", help="rows for either source alone and for their average")
     add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
-    add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm")
+    add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm "
+        "(needs scipy)")  # fmt: skip
     add("--format", choices=tables.FORMATS, default="text", help="default: text")
     add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
     add("--per-image", type=Path, metavar="FILE", help="also write one line an image into this CSV file")
-    add("--plot", type=Path, metavar="DIR", help="also write boxplots.png and ranks.png (needs matplotlib)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="also write boxplots.png, and ranks.png of two methods or more (needs matplotlib)",
+    )
     add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
     add("--jobs", type=int, help="processes (default: one for each processor)")
     add("--device", help="score with torch on this device, such as cuda, instead of numpy (needs torch)")

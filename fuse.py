@@ -33,7 +33,7 @@ from utils.images import (
     to_uint8,
     write_image,
 )
-from utils.inference import add_inference_options, find_weights, pick_device
+from utils.inference import SKIP_HELP, add_inference_options, find_weights, pick_device
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
 from utils.testing import Method, left_out, load_method
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="or published (default: that in models/ for the system and the task)",
     )
-    add("--skip", help="what the decoder is given; default: what the weights were trained with")
+    add("--skip", help=SKIP_HELP)
     add_inference_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(fuse, parser.parse_args(argv))

@@ -85,6 +85,11 @@ _WHOLE_IMAGES = _Setting(0, Workspace())
 _setting: ContextVar[_Setting] = ContextVar("strips", default=_WHOLE_IMAGES)
 
 
+def _current() -> _Setting:
+    # torch.compile cannot trace a ContextVar; what is compiled or exported is never worked on in pieces.
+    return _WHOLE_IMAGES if torch.compiler.is_compiling() else _setting.get()
+
+
 @contextlib.contextmanager
 def strips(pixels: int, workspace: Workspace | None = None) -> Iterator[None]:
     """Within this context images are worked on in pieces of about so many pixels.
@@ -107,7 +112,7 @@ def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
     Each has at least `fewest` rows, but for the last one.
     """
     batch, _, height, width = x.shape
-    pixels = _setting.get().pixels
+    pixels = _current().pixels
     if not pixels:
         return [(0, height)]  # without arithmetic: torch.export calls this with a height that is not a number
     rows = max(fewest, pixels // (batch * width))
@@ -117,7 +122,7 @@ def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
 def _grid(x: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Ranges of rows and of columns that cut `x` into pieces: as square as it takes to have little halo."""
     batch, _, height, width = x.shape
-    pixels = _setting.get().pixels
+    pixels = _current().pixels
     if not pixels or batch * height * width <= pixels:
         return [(0, height)], [(0, width)]
     pixels = max(1, pixels // batch)
@@ -142,10 +147,10 @@ def _in_pieces(
 
     A piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
     """
-    workspace = _setting.get().workspace
+    workspace = _current().workspace
     row_cuts, column_cuts = _grid(maps[0])
     if len(row_cuts) == len(column_cuts) == 1:
-        yield (slice(None), slice(None)), function(*maps)
+        yield (slice(None), slice(None)), function(*(workspace.fetch(x) for x in maps))
         return
     above: list[Tensor | None] = [None] * len(maps)  # rows of a map as they were before they were written over
     for top, bottom in row_cuts:
@@ -185,7 +190,7 @@ def side_by_side(merge: Callable[..., Tensor], *parts: Part, into: Tensor | None
         if piece.shape[2:] == (height, width):
             return piece
         if out is None:
-            out = _setting.get().workspace.new_map((*piece.shape[:2], height, width), piece)
+            out = _current().workspace.new_map((*piece.shape[:2], height, width), piece)
         rows, columns = found[0][0]
         out[:, :, rows, columns] = piece
     return out
@@ -291,7 +296,7 @@ def attend(
             break
         if not sums:
             sums = [torch.zeros_like(s, dtype=torch.float64) for s in part]  # thousands of pieces may follow
-            values = _setting.get().workspace.spare_map((*v.shape[:2], *x.shape[2:]), v)
+            values = _current().workspace.spare_map((*v.shape[:2], *x.shape[2:]), v)
         for total, s in zip(sums, part, strict=True):
             total += s
         if values is not None:

@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from utils import InputError, check_writable, git_commit, run_script
-from utils.distributed import from_first, is_first, local_device, process_group, ranks
+from utils.distributed import any_rank, from_first, is_first, local_device, process_group, ranks
 from utils.images import write_image
 from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device
 from utils.monitor import Curves, draw_panel, validate
 from utils.patches import PatchDataset
-from utils.training import Run, Stop, stop_now
+from utils.training import Run, Stop, say, stop_now
 from zoo import SYSTEMS, TASKS, check_options, find_system, option
 
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")
@@ -100,7 +99,7 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
     )
     add(
         "--recipe",
-        choices=list(dict.fromkeys([PUBLISHED, *recipes_of(system)])),
+        choices=recipe_names(system),
         default=recipe,
         help=f"where the defaults of all options below come from (default: {default_recipe(system)})",
     )
@@ -117,16 +116,17 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
     add("--debug", action="store_true", help="show tracebacks")
     add_options(parser, f"training loop (defaults: {recipe})", Options)
     add_options(parser, f"losses and stages of {system.label} (defaults: {recipe})", system.Options)
-    parser.set_defaults(**recipes_of(system).get(recipe, {}))
+    parser.set_defaults(**system.recipes.get(recipe, {}))
     return parser
 
 
-def recipes_of(system: type) -> dict[str, dict[str, Any]]:
-    return getattr(system, "recipes", {})
+def recipe_names(system: type) -> list[str]:
+    """What --recipe may be, the default first."""
+    return list(dict.fromkeys([*system.recipes, *([PUBLISHED] if system.published_recipe else [])]))
 
 
 def default_recipe(system: type) -> str:
-    return next(iter(recipes_of(system)), PUBLISHED)
+    return recipe_names(system)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +143,8 @@ def train(args: argparse.Namespace, system: type) -> int:
     started = time.monotonic()
     device = local_device(pick_device(args.device))
     keep_freed_memory()
+    # SSIM is a difference of large numbers, of which ten bits leave nothing; float32 is to be float32.
+    torch.backends.cudnn.allow_tf32 = False
     with process_group(device):
         run = prepare(args, system, device)
         if run.epoch < run.epochs:
@@ -150,16 +152,16 @@ def train(args: argparse.Namespace, system: type) -> int:
                 train_on(run, stop, args)
             if run.epoch < run.epochs:
                 if is_first():
-                    print(
+                    say(
                         f"stopped by {stop.why or 'another process'} after {run.epoch} of {run.epochs} epochs and "
                         f"{run.batch} batches; go on with the same command and --resume auto",
-                        file=sys.stderr,
+                        error=True,
                     )
                 return EXIT_UNFINISHED
         elif is_first() and not (run.weights.exists() and (run.out / "log.jsonl").exists()):
             run.write_results()  # a finished run whose weights were moved away, or that died while it wrote them
         if is_first():
-            print(
+            say(
                 f"{run.weights}: {run.epochs} epochs done; score it with "
                 f"`python test_{args.task.upper()}.py --system {args.system} --weights {run.weights}`"
             )
@@ -195,6 +197,8 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
         raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
     check_writable(out)
+    if resumed and resumed.parent != out:
+        run.best = None  # those weights lie elsewhere
     dataset.move_to(device)
     if is_first():
         if resumed:
@@ -249,6 +253,8 @@ def train_on(run: Run, stop: Stop, args: argparse.Namespace) -> None:
     """Trains to the end, or to where it is asked to stop, and saves."""
     curves = Curves(run.out / "tensorboard", run.step) if is_first() else None
     saved = time.monotonic()
+    if ranks() == 1:  # several have to agree on the step after which they look
+        run.hurry = stop.asked
     with curves or contextlib.nullcontext():
         while run.epoch < run.epochs:
             for seen in run.train_epoch():
@@ -273,7 +279,7 @@ def save_or_go_on(run: Run) -> None:
     try:
         run.save()
     except OSError as error:
-        tqdm.write(f"warning: {error}; training goes on, and the next checkpoint is tried in time", file=sys.stderr)
+        say(f"warning: {error}; training goes on, and the next checkpoint is tried in time", error=True)
 
 
 def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> None:
@@ -290,14 +296,19 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
             panel = draw_panel(run.model, args.task, pairs)
         line["validation"] = {"losses": losses, "metrics": metrics}
         text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-        write_image(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
-        if stage is run.stages[-1]:
-            run.save_best(losses["total"])
+        try:
+            if stage is run.stage_of(run.epochs - 1)[0]:
+                run.save_best(losses["total"])
+            write_image(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
+        except OSError as error:
+            say(f"warning: {error}; training goes on", error=True)
         if curves:
             curves.scalars(run.step, {"validation": line["validation"]})
             curves.image(run.step, "panel", panel)
+    if pairs and due:
+        any_rank(False, run.device)  # the others wait until the first has validated
     if is_first():
-        tqdm.write(text)
+        say(text)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def patch_file(tmp_path):
     rng = np.random.default_rng(0)
     with PatchWriter(tmp_path / "patches.h5", 16) as writer:
         writer.add(rng.uniform(0, 255, (9, 16, 16)), rng.uniform(0, 255, (9, 16, 16)))
+        writer.hold_out("one", rng.uniform(0, 255, (48, 48)), rng.uniform(0, 255, (48, 48)))
     return tmp_path / "patches.h5"
 
 
@@ -62,11 +63,15 @@ def losses(out):
 
 
 def test_two_processes_have_the_loss_curve_of_one(patch_file, tmp_path, port):
-    common = ("--epoch-batches", "2", "--flips")
+    # The first process validates while the other waits, in the middle and after the last epoch.
+    common = ("--epoch-batches", "2", "--flips", "--validate-every", "2")
     assert train(patch_file, tmp_path / "one", *common)[0] == [0]
     codes, outputs = train(patch_file, tmp_path / "two", *common, processes=2, port=port)
     assert codes == [0, 0], outputs
     assert outputs[1][0] == ""  # one process speaks
+    for out in ("one", "two"):
+        lines = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+        assert ["validation" in line for line in lines] == [False, True, False, True]
     for first, second in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():

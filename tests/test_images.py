@@ -319,3 +319,8 @@ def test_portable_anymaps_hold_what_they_can_and_nothing_is_written_that_they_ca
         with pytest.raises(InputError, match=name):
             write_image(tmp_path / name, image)
         assert not (tmp_path / name).exists()
+
+
+def test_image_that_a_format_cannot_hold_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"66000x1 pixels do not fit .* use \.png"):
+        write_image(tmp_path / "wide.jpg", np.zeros((1, 66000), np.uint8))

@@ -18,6 +18,7 @@ import net
 from utils import InputError, memory
 from utils.inference import fuse_arrays, run_plan
 from utils.memory import BoundedWorkspace, Plan, format_size, parse_size, plan_memory
+from zoo import find_system
 from zoo.cddfuse import CDDFuseSystem
 
 
@@ -147,3 +148,36 @@ def test_out_of_memory_on_the_device_is_tried_again_with_half_and_said(model, mo
 
 def test_sizes_are_printed_in_one_unit():
     assert format_size(12_288_000_000) == "12.3 GB" and format_size(999_000) == "1 MB"
+
+
+class Elsewhere(net.Workspace):
+    """Maps lie where no layer can use them, as in host memory for a GPU; here, in another precision."""
+
+    made = False
+
+    def new_map(self, shape, like):
+        self.made = True
+        return super().new_map(shape, like.double())
+
+    def spare_map(self, shape, like):
+        return None
+
+    def fetch(self, piece):
+        return piece.float()
+
+
+@pytest.mark.parametrize("system", ["cddfuse", "fsidfusion", "mlfuse"])
+def test_map_elsewhere_is_fetched_where_the_whole_image_is_one_piece(system):
+    torch.manual_seed(0)
+    model = find_system(system)().eval()
+    height, width = 40, 48
+    vis, ir = torch.from_numpy(pair(height, width) / 255)[:, None, None]
+    skip = model.default_skip("ivf", "ivf")
+    workspace = Elsewhere()
+    # Both images together are more than a piece, which the encoder cuts; one image, which the decoder sees, is one.
+    with torch.inference_mode():
+        wanted = model.fuse(vis, ir, skip)
+        with net.strips(height * width, workspace):
+            fused = model.fuse(vis, ir, skip)
+    assert workspace.made or system == "mlfuse"
+    torch.testing.assert_close(fused, wanted, rtol=0, atol=1e-5)

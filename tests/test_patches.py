@@ -168,7 +168,7 @@ def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "nowhere"], "nowhere must hold two folders"),
+        (["--data", "nowhere"], "no folder at nowhere"),
         (["--patch-size", "1"], "--patch-size"),
         (["--stride", "0"], "--stride"),
         (["--patch-size", "500"], "not one patch was kept"),

@@ -396,9 +396,9 @@ def test_teacher_is_trained_by_the_script_and_both_networks_fuse_a_folder(model,
     assert test_IVF.main(list(map(str, [*argv, weights, tmp_path / "student.pth"]))) == 0
     printed = capsys.readouterr().out
     assert "\nTSDM-Fusion_IVF\t" in printed and "\nTSDM-Fusion student\t" in printed
-    assert "decoder image: published" in printed
+    assert "padding: published" in printed
     assert test_IVF.main(list(map(str, [*argv, tmp_path / "student.pth", "--skip", "minimal"]))) == 0
-    assert "decoder image: minimal" in capsys.readouterr().out
+    assert "padding: minimal" in capsys.readouterr().out
 
 
 def test_student_with_gradient_equals_the_student_without():

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="or published (default: those in models/ for the system and the task)",
     )
-    add("--skip", help="what the decoder is given; default: what the weights were trained with")
+    add("--skip", help="image that the decoder is given: vis, sum or none (default: the published rule)")
     add(
         "--stretch",
         action=argparse.BooleanOptionalAction,

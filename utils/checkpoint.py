@@ -113,7 +113,7 @@ def load_network(
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(
             f"{path} holds {listed(content)}, and no dict of tensors called {STATE_DICT}: "
-            "it is a file of another network; name the right one with --weights"
+            "it is a file of another network; choose its system with --system, or name another file"
         )
     state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in computed}
@@ -227,7 +227,7 @@ def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) ->
     if set(found) != set(wanted) or len(names) > len(found):
         raise InputError(
             f"{path} holds {listed(names)} where {listed(wanted)} are expected: "
-            "it is a file of another network; name the right one with --weights"
+            "it is a file of another network; choose its system with --system, or name another file"
         )
     for name, state in found.items():
         if not isinstance(state, dict) or not all(

@@ -107,6 +107,8 @@ class Ranges:
             try:
                 default = kinds[name]
                 numbers = tuple(float(number) for number in value.split(":"))
+                if not all(abs(number) < 2**31 for number in numbers):  # what is not a number neither
+                    raise ValueError(value)
             except (KeyError, ValueError) as error:
                 raise InputError(
                     f"degradation {part!r} must be name=low:high or name=value, with a name of {', '.join(kinds)}"

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from utils import InputError
 
 T = TypeVar("T")
+_alone = False
 
 
 def ranks() -> int:
@@ -53,12 +54,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes could not join ({error}); start them with torchrun (README, Train)") from error
+        raise InputError(
+            f"the processes could not join ({error}); start them with torchrun, as many as there are GPUs "
+            "(README, Train)"
+        ) from error
     try:
         yield
     finally:
@@ -90,9 +94,20 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within this block `mean_over_ranks` asks no other process: for what one of them does while the others wait."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, through which gradients flow to all of them."""
-    return value if ranks() == 1 else _Mean.apply(value)
+    return value if ranks() == 1 or _alone else _Mean.apply(value)
 
 
 class _Mean(torch.autograd.Function):

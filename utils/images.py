@@ -195,7 +195,9 @@ def _write(path: Path, pixels: np.ndarray) -> None:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     if suffix == ".pgm" and pixels.ndim == 3:
         raise InputError(f"{path}: this format has no colours; use .ppm or .png")
-    encoded = cv2.imencode(suffix, pixels)[1]
+    done, encoded = cv2.imencode(suffix, pixels)
+    if not done:
+        raise InputError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels do not fit into this format; use .png")
     with whole_file(path) as temporary:
         encoded.tofile(temporary)
 
@@ -363,10 +365,12 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
     """The two sub-folders of a data set: (visible or MRI, infrared or CT/PET/SPECT).
 
     Raises:
-        FileNotFoundError: the folder holds none of the known combinations; they are named.
+        FileNotFoundError: there is no such folder, or it holds none of the known combinations; they are named.
         InputError: it holds several.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
     found = modalities_in(folder)
     if not found:
         known = ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)

@@ -31,6 +31,12 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PUBLISHED = "published"  # for --weights; and the folder in models/ that tools/download.py fetches them to
 
 
+SKIP_HELP = (
+    "image that the decoder is given: vis, sum or none; for tsdm how it pads: published or minimal "
+    "(default: the published rule for the weights and the task)"
+)
+
+
 def add_inference_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that fuses: where, how exactly, and in how much memory."""
     add = parser.add_argument

@@ -152,7 +152,7 @@ def score(
     True
     """
     rules = _rules_of(protocol)
-    keys = list(_TWELVE) if metrics is None else list(metrics)
+    keys = list(TWELVE) if metrics is None else list(metrics)
     for key in keys:
         if key not in METRICS:
             raise ValueError(f"unknown metric {key!r}, expected names from: {', '.join(METRICS)}")
@@ -1171,7 +1171,8 @@ METRICS = {metric.key: metric for metric in _TABLE}
 """Column name -> `Metric`: the twelve of this file, in the order in which `score` returns them, then those that
 were registered."""
 
-_TWELVE = tuple(METRICS)
+TWELVE = tuple(METRICS)
+"""Names of the metrics of this file, which `score` returns by default."""
 
 
 def register(metric: Metric) -> None:

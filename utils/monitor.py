@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import net
+from utils.distributed import alone
 from utils.images import grey_of, one_below_another, side_by_side, to_uint8
 from utils.inference import autocast, fuse_arrays, to_network
 from utils.memory import CPU_PIECE_PIXELS
@@ -44,7 +45,7 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
         images = (pair.vis, pair.ir, visual_saliency(pair.ir))
         vis, ir, ir_saliency = (to_network(image, device) for image in images)
         given = stage.prepare(Batch(vis, ir, ir_saliency=ir_saliency), (0, number))
-        with autocast(device, precision):
+        with autocast(device, precision), alone():
             terms = stage.losses(given)
         losses.append({name: value.item() for name, value in terms.items()})
         fused = fused_levels(model, pair, skip, precision)

@@ -239,8 +239,8 @@ class Desk:
             features=self._features(method.model, vis_source.grey, ir_source.grey, notes),
             columns=columns,
             scores=scores,
-            facts=f"{method.model.label} with {method.weights.name} (sha256 {method.sha256[:12]}, decoder image: "
-            f"{method.skip}), {size_of(fused)}, {elapsed_s:.1f}\u00a0s on {self.device.type}",
+            facts=f"{method.model.label} with {method.weights.name} (sha256 {method.sha256[:12]}, "
+            f"{method.model.skip_name}: {method.skip}), {size_of(fused)}, {elapsed_s:.1f}\u00a0s on {self.device.type}",
             notes=notes,
         )
 

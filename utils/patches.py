@@ -307,10 +307,17 @@ def random_batches(
         columns = lefts[take, None] + np.where(flip_columns[take, None], columns[::-1], columns)
         y, x = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
         # A quarter turn is a flip and this: rows become columns.
-        y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
-        n, y, x = (torch.from_numpy(axis).to(dataset.vis.device) for axis in (order[take, None, None], y, x))
+        if height == width:
+            y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
+        n, y, x = (_to_device(axis, dataset.vis.device) for axis in (order[take, None, None], y, x))
         sources = Batch(dataset.vis, dataset.ir, ir_saliency=dataset.ir_saliency)
         yield sources.each(lambda source, where=(n, y, x): to_unit(source[where]))
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device; the host does not wait until it is there."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: int = 1) -> int:

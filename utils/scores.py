@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import InputError, whole_file
-from utils.metrics import METRICS, PAPER_TABLE
+from utils.metrics import PAPER_TABLE, TWELVE
 
 SEPARATOR = "=" * 80
 
@@ -70,7 +70,7 @@ class Row:
 
 
 def choose_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics, or of published tables for all of their columns -> the columns, each once.
+    """Names of the twelve metrics, or of published tables for all of their columns -> the columns, each once.
 
     >>> choose_columns(["EN", "fsidfusion", "MSE"])
     ('EN', 'SD', 'SF', 'MI', 'SCD', 'VIF', 'Qabf', 'SSIM', 'AG', 'CC', 'PSNR', 'MSE')
@@ -79,10 +79,11 @@ def choose_columns(names: Sequence[str]) -> tuple[str, ...]:
         InputError: neither a metric nor a table; the known ones are named.
     """
     for name in names:
-        if name not in METRICS and name not in PUBLISHED_COLUMNS:
+        if name not in TWELVE and name not in PUBLISHED_COLUMNS:
             raise InputError(
-                f"--columns: there is no metric or table {name!r}; metrics are {', '.join(METRICS)}, "
-                f"and {', '.join(PUBLISHED_COLUMNS)} stands for the columns of its published table"
+                f"--columns: there is no metric or table {name!r} here; metrics are {', '.join(TWELVE)}, "
+                f"and {', '.join(PUBLISHED_COLUMNS)} stands for the columns of its published table; "
+                "`python evaluate.py --list-metrics` names all that can be scored afterwards"
             )
     columns = [column for name in names for column in PUBLISHED_COLUMNS.get(name, (name,))]
     return tuple(dict.fromkeys(columns))

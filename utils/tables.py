@@ -153,11 +153,18 @@ def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
     columns, records = list(FACTS), {}
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or [])
+            try:
+                reader = csv.DictReader(file)
+                columns = list(reader.fieldnames or [])
+                found = list(reader)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise InputError(f"{path} is not a file of results ({error}); choose another name") from None
             if columns[: len(FACTS)] != list(FACTS):
                 raise InputError(f"{path} is not a file of results (its columns are {columns}); choose another name")
-            records = {(record["method"], record["protocol"]): record for record in reader}
+            for number, record in enumerate(found, 1):
+                if None in record or None in record.values():  # how DictReader shows a row too long or too short
+                    raise InputError(f"{path}: row {number} has not as many values as there are columns; mend it first")
+            records = {(record["method"], record["protocol"]): record for record in found}
     known = {record["images"] for record in records.values()} | {row.sheet.digest[:SHOWN] for row in rows}
     if len(known) > 1:
         raise InputError(

@@ -43,6 +43,7 @@ from utils.images import (
 )
 from utils.inference import (
     PUBLISHED,
+    SKIP_HELP,
     add_inference_options,
     find_weights,
     fuse_arrays,
@@ -115,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         "system and the task); for several systems one each, in their order",
     )
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
-    add("--skip", help="what the decoder is given; default: what the weights were trained with")
     add(
         "--protocol",
         choices=PROTOCOLS,
@@ -148,6 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding",
     )
     add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
+    add("--skip", help=SKIP_HELP)
     add_inference_options(parser)
     add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
     add("--debug", action="store_true", help="show tracebacks")
@@ -169,7 +170,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     check_writable(args.out)
 
     commit = git_commit()
-    incomplete = False
+    incomplete, written = False, set()
     for test_set in test_sets:
         if test_set.found.unmatched():
             print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
@@ -195,6 +196,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
             }  # fmt: skip
             sheet.write(folder, facts)
             sheets.append(sheet)
+            written.add(method.stem)
         if not sheets:
             continue
         if args.baselines:
@@ -203,7 +205,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
         print(format_table(f"{test_set.name}{damaged}", sheets, columns))
         for line in format_excluded(sheets, columns):
             print(line)
-        used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
+        used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, {m.model.skip_name}: {m.skip})" for m in methods)
         pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
         rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
         lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
@@ -211,7 +213,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
             f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}{rounding}, "
             f"images {lists}, commit {commit}"
         )
-    for stem in stems:
+    for stem in filter(written.__contains__, stems):
         print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
     return EXIT_BAD_INPUT if incomplete else 0
 

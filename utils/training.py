@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,7 @@ class Run:
         self.ema = [value.clone() for value in state] if options.ema else []
         self.compile = False
         self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
+        self.hurry: Callable[[], bool] = lambda: False  # whether to look after the present step already
         self.looked_at = self.step
         self.unseen: list[tuple[int, bool, list[str], Tensor]] = []
 
@@ -146,12 +147,14 @@ class Run:
         _, epoch_in_stage = self.stage_of(self.epoch)
         title = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}"
         hide = None if is_first() else True
-        with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide) as bar:
+        with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide,
+                  file=_Patient(sys.stderr)) as bar:  # fmt: skip
             since = time.perf_counter()
             for batch in batches:
                 self.train_step(stage, losses, batch.to(self.device))
                 bar.update()
-                if self.step - self.looked_at < self.steps_between_looks and self.batch < self.epoch_batches:
+                waits = self.step - self.looked_at < self.steps_between_looks and self.batch < self.epoch_batches
+                if waits and not self.hurry():
                     continue
                 patches = self.sums.get("", 0.0)
                 seen = self.look()
@@ -186,6 +189,7 @@ class Run:
 
     def update(self, stage: Stage, part: Pass, losses: nn.Module, batch: Batch, given: Any) -> None:
         """One pass: losses, gradients, and a step of the optimiser, which passes over all without gradients."""
+        terms: dict[str, Tensor] | None
         try:
             with autocast(self.device, self.options.precision):
                 terms = losses(given)
@@ -194,7 +198,9 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise InputError(self.advise_on_memory(stage, batch)) from error
+            terms = None
+        if terms is None:  # not in the handler: as long as the error lives, so does what the step has stored
+            raise InputError(self.advise_on_memory(stage, batch))
         limit = self.options.clip_norm or math.inf
         norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in part.networks.items()}
         last = part.name == stage.updates[-1].name
@@ -361,10 +367,10 @@ class Run:
         """Keeps the present weights beside the last ones where the validation loss is the lowest so far."""
         if self.best is not None and not loss < self.best:
             return False
-        self.best = loss
         if is_first():
             with self.averaged():
                 self.model.save(self.best_weights, {**self.about(), "validation_loss": loss})
+        self.best = loss
         return True
 
     @property
@@ -397,6 +403,9 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{path} is of another network; name the run to go on with by --resume") from error
+        for group in self.optimizer.param_groups:  # loaded with the state; the options may have changed
+            group["weight_decay"] = self.options.weight_decay
+            group["decoupled_weight_decay"] = self.options.decoupled_weight_decay
         if changed:
             print(f"warning: options changed: {'; '.join(changed)}", file=sys.stderr)
         if self.ema and saved["ema"]:
@@ -444,6 +453,8 @@ class Run:
                     print(f"warning: {error}. Going on with {there[-1]}", file=sys.stderr)
                 continue
             self.take_up(path, saved, force=force)
+            if path != there[0] and is_first():  # or else the next save would put it over the one that can be read
+                os.replace(there[0], there[0].with_name(there[0].name + ".damaged"))
             return path
         return None
 
@@ -463,11 +474,14 @@ class _PassLosses(nn.Module):
 class Stop:
     """Asks a training to end after the step it is in: Ctrl-C, SIGTERM, or a limit of time.
 
-    A second signal ends it at once.
+    A second Ctrl-C, some time after the first, ends it at once. Signals that come together are one: a cluster tells
+    every process, and so does torchrun.
     """
 
+    TOGETHER_S = 2.0
+
     def __init__(self, max_minutes: float = 0) -> None:
-        self.why = ""
+        self.why, self.since = "", 0.0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
 
     def __enter__(self) -> Stop:
@@ -484,14 +498,53 @@ class Stop:
 
     def ask(self, number: int, frame: object) -> None:
         if self.why:
-            raise KeyboardInterrupt
-        self.why = signal.Signals(number).name
-        tqdm.write(f"{self.why}: stopping after this step", file=sys.stderr)
+            if number == signal.SIGINT and time.monotonic() - self.since > self.TOGETHER_S:
+                raise KeyboardInterrupt
+            return
+        self.why, self.since = signal.Signals(number).name, time.monotonic()
+        say(f"{self.why}: stopping after this step", error=True)
 
     def asked(self) -> bool:
         if not self.why and time.monotonic() > self.deadline:
             self.why = "--max-minutes"
         return bool(self.why)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Prints a line above the progress bar.
+
+    Where nobody reads any more, as `tee` does not after Ctrl-C, that costs the text and not the run.
+    """
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=_Patient(sys.stderr if error else sys.stdout))
+
+
+class _Patient:
+    """A stream whose reader may go: from then on what is written is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            # The descriptor, not the object: Python itself flushes at exit, and would fail then.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+    def flush(self) -> None:
+        """All is written at once."""
+
+    def __eq__(self, other: object) -> bool:  # tqdm takes its bar away for what is written to the same stream
+        return self.stream is getattr(other, "stream", other)
+
+    __hash__ = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def stop_now(stop: Stop, device: torch.device) -> bool:

@@ -22,6 +22,8 @@ What most of them do alike is in `System`. It may also have
 - `published`: task -> names of the published files that tools/download.py fetches, as for `weights`;
 - `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
   published code; the first one is the default, "published" where there is none;
+- `published_recipe`: whether "published" is among its recipes even where `recipes` does not name it;
+- `skip_name`: what `skips` are called in a table's footer;
 - `takes_colour`: whether `fuse` and the training are given visible images in colour where there is some, (B, 3, H, W);
 - `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
 - `smallest_batch`: where batch norm asks for it, the fewest patches that one process may train on. train.py refuses
@@ -167,6 +169,9 @@ class System:
     weights: Mapping[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())
     stretched = True
     takes_colour = False
+    skip_name = "decoder image"
+    recipes: Mapping[str, Mapping[str, Any]] = {}
+    published_recipe = True
 
     @classmethod
     def row_label(cls, task: str, stem: str) -> str:
@@ -187,7 +192,9 @@ class System:
         if task not in TASKS:
             raise InputError(f"no task is called {task!r}; it is one of: {', '.join(TASKS)}")
         if not cls.weights[task]:
-            raise InputError(f"no weights of {cls.label} come with the project; name a file with --weights")
+            raise InputError(
+                f"no weights of {cls.label} for --task {task} come with the project; name a file with --weights"
+            )
         return [in_checkout("models", name) for name in cls.weights[task]]
 
     def load_published(self, path: Path | str) -> dict[str, Any]:

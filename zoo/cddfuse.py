@@ -27,7 +27,8 @@ class Options:
     ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
     gradient_images: str = option("vis", "reconstructions that --gradient-weight-1 is for: vis is the published code's",
                                   choices=("vis", "both"))  # fmt: skip
-    decoder_image: str = option("auto", "what the decoder adds in stage two; auto: vis, or none for --task mif",
+    decoder_image: str = option("auto", "what the decoder adds in stage two (none: nor in stage one); auto: vis, or "
+                                "none for --task mif",
                                 choices=("auto", *net.SKIPS))  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -88,15 +88,17 @@ class TSDMFusion(System, nn.Module):
     label = "TSDM-Fusion"
     # Nothing is given to a decoder here; what can be chosen is how images are padded to whole windows.
     skips = PADDINGS
+    skip_name = "padding"
     weights = {"ivf": ("TSDM-Fusion_student.pth",), "mif": ()}
     takes_colour = True
     stretched = False  # its images are in the range of its sources already
     columns = PAPER_TABLE
     smallest_side = 1
-    smallest_patch = 11  # the window of the SSIM loss
+    smallest_patch = 16  # VGG19 halves it four times; the window of the SSIM loss has 11
     smallest_batch = 2  # the discriminator compares with a mean over the batch, and has batch norm
     Options = Options
-    # The published loop, as far as it differs from CDDFuse's.
+    # The published loops, as far as they differ from CDDFuse's. With two of them, none is called "published".
+    published_recipe = False
     recipes = {
         "teacher": {"stage": "teacher", "batch_size": 16, "learning_rate": 5e-4, "lr_epochs": 10, "min_lr": 0.0,
                     "clip_norm": 0.0, "weight_decay": 0.01, "decoupled_weight_decay": True},

@@ -102,10 +102,12 @@ class Content:
         if missing:
             raise InputError(f"{path} is not VGG19 of torchvision: {listed(missing)} are missing or of another shape")
         self.network.load_state_dict({key: state[key] for key in wanted})
+        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """(B, 3, H, W) twice, sides of at least 16 -> 0-d."""
-        self.network.to(a.device)
-        mean, std = (a.new_tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        first, second = (self.network((image - mean) / std).float() for image in (a, b))
+        with torch.inference_mode(False):  # where validation calls first, training has to use it afterwards
+            self.network.to(a.device)
+            self.mean, self.std = self.mean.to(a), self.std.to(a)
+        first, second = (self.network((image - self.mean) / self.std).float() for image in (a, b))
         return F.l1_loss(first, second)
