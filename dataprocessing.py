@@ -94,6 +94,8 @@ def prepare(args: argparse.Namespace) -> int:
             f"--holdout {args.holdout} must be 0 or at least 2, and --holdout-size {args.holdout_size} at least "
             f"{SMALLEST_SCORED}, which the metrics need"
         )
+    if args.degrade is None and (args.degrade_vis or args.degrade_ir):
+        raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
     if args.degrade is not None:
         return show_degraded(args, [pair for both in folders for pair in list_pairs(*both).pairs])
@@ -112,6 +114,12 @@ def prepare(args: argparse.Namespace) -> int:
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
 
+    if args.holdout and not held_out:
+        print(
+            f"warning: --holdout {args.holdout} holds out none of {len(pairs)} pairs, so train.py cannot validate; "
+            "choose a smaller number",
+            file=sys.stderr,
+        )
     to_hold_out = set(held_out)  # each once, where a folder is named twice to have its patches twice
     kept = dropped = 0
     bad: list[str] = []

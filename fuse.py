@@ -222,6 +222,8 @@ def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: b
         raise InputError("--list, --annotations and --sequence are for folders")
     if args.list and moving:
         raise InputError("--list is for folders of single pairs, not for the frames of one scene")
+    if args.list and args.list.is_dir():
+        raise InputError(f"--list {args.list} is a folder; name a file")
     if args.annotations and not args.list:
         raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
     if args.fps is not None and not 0 < args.fps < 1000:

@@ -29,10 +29,12 @@ import torch
 
 from benchmarks.metrics import made_pair, processor
 from tests import reference_net
-from utils import git_commit
+from utils import InputError, git_commit, run_script
 from utils.inference import fuse_arrays, keep_freed_memory, pick_device, to_levels, to_network
 from utils.memory import resident_memory
 from zoo.cddfuse import CDDFuseSystem
+
+SMALLEST_SIDE = CDDFuseSystem.smallest_side
 
 SIDES = ("transcription", "float32", "bfloat16")
 
@@ -219,16 +221,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-peaks", action="store_true", help="do not measure memory, which takes one more call each")
     parser.add_argument("--load", default="", help="what else the machine was doing, for the record")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    return run_script(time_sizes, build_parser().parse_args(argv))
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """ "640x480" -> (480, 640)."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()) or min(int(width), int(height)) < SMALLEST_SIDE:
+        raise InputError(
+            f"--sizes {text!r} must be WIDTHxHEIGHT such as 640x480, {SMALLEST_SIDE} pixels or more a side"
+        )
+    return int(height), int(width)
+
+
+def time_sizes(args: argparse.Namespace) -> int:
+    if args.rounds < 1 or args.threads < 1:
+        raise InputError(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     device = pick_device(args.device)
-    sizes = {size: tuple(int(n) for n in reversed(size.split("x"))) for size in args.sizes}
+    sizes = {size: read_size(size) for size in args.sizes}
     if args.peak_of:
         return print_peak(args.peak_of, *sizes[args.sizes[0]], device)
     model = made_model(device)

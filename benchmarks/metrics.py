@@ -21,7 +21,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # comes with scikit-learn, which the transcription needs
 
 from tests import reference_metrics
-from utils import metrics
+from utils import InputError, metrics, run_script
+
+SMALLEST_SIDE = 41  # of VIF
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,12 +108,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=768, help="columns of the made images (default 768)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
     parser.add_argument("--seed", type=int, default=0, help="of the made images (default 0)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    return run_script(time_metrics, build_parser().parse_args(argv))
+
+
+def time_metrics(args: argparse.Namespace) -> int:
+    if min(args.height, args.width) < SMALLEST_SIDE or args.rounds < 1:
+        raise InputError(
+            f"--height {args.height} and --width {args.width} must be at least {SMALLEST_SIDE}, --rounds at least 1"
+        )
     images = made_pair(args.height, args.width, args.seed)
     images_64 = tuple(image.astype(np.float64) for image in images)
     keys = metrics.PAPER_TABLE

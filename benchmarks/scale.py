@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.inference import made_model, operations_per_pixel, peak_memory
 from benchmarks.metrics import processor
-from utils import git_commit
+from utils import EXIT_BAD_INPUT, git_commit
 from utils.inference import PRECISIONS, keep_freed_memory, memory_to_take, plan_for, run_plan
 from utils.memory import MAP_BYTES, BoundedWorkspace, format_size, parse_size, resident_memory
 
@@ -109,7 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if min(args.megapixels) < 0.0001 or args.threads < 1:
+        parser.error("--megapixels must be at least 0.0001, and --threads at least 1")
+    failed = False
     torch.set_num_threads(args.threads)
     if args.here:
         if not args.max_memory:
@@ -139,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     print(f"{megapixels} MP, allowed {allowed}: {done.stderr.strip().splitlines()[-1]}")
+                    failed = True
                     continue
                 found = json.loads(done.stdout)
                 line = describe(found)
@@ -161,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "commit": commit,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return EXIT_BAD_INPUT if failed else 0
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 
 import train
 from tests import reference_net
-from utils import git_commit
+from utils import InputError, git_commit, run_script
 from utils.inference import keep_freed_memory, pick_device
 from utils.patches import Batch, PatchDataset
 from utils.training import Run, _PassLosses
@@ -34,6 +34,7 @@ from zoo.cddfuse import CDDFuseSystem
 
 WAYS = ("published float32", "ours float32", "ours bfloat16")
 PHASES = (1, 2)
+SMALLEST_SIDE = CDDFuseSystem.smallest_patch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile our step")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory out")
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    args = parser.parse_args(argv)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return run_script(time_steps, parser.parse_args(argv))
+
+
+def time_steps(args: argparse.Namespace) -> int:
+    if args.size < SMALLEST_SIDE or min(args.batch_size, args.rounds, args.threads) < 1 or args.warm_up < 0:
+        raise InputError(
+            f"--size {args.size} must be at least {SMALLEST_SIDE}, --batch-size, --rounds and --threads at least 1, "
+            "--warm-up at least 0"
+        )
     args.device = pick_device(args.device)
 
     peaks = {way: peak_memory(way, args) for way in WAYS} if args.memory else {}

@@ -198,7 +198,7 @@ def test_names_that_are_not_utf_8_are_scored_too(infrared, weights, tmp_path, ca
     ("options", "message"),
     [
         (("--data", "nowhere"), "nowhere"),
-        (("--sets", "TNO"), "must hold two folders"),
+        (("--sets", "TNO"), "no folder at"),
         (("--weights", "none.pth"), "no file at none.pth"),
         (("--skip", "ir"), "vis, sum, none"),
         (("--device", "quantum"), "try --device cpu"),

@@ -312,7 +312,8 @@ def record() -> int:
     path = in_checkout("models", ANSWERS)
     answers = {}
     for name in SYSTEMS:
-        bundled = {file for files in find_system(name).weights.values() for file in files}
+        system = find_system(name)
+        bundled = {*system.other_weights, *(file for files in system.weights.values() for file in files)}
         for weights in filter(Path.is_file, (in_checkout("models", file) for file in sorted(bundled))):
             blocks = answer(weights, name, "cpu")
             answers[weights.name] = {"system": name, "sha256": file_sha256(weights), "blocks": blocks}

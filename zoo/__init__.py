@@ -23,6 +23,7 @@ What most of them do alike is in `System`. It may also have
 - `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
   published code; the first one is the default, "published" where there is none;
 - `published_recipe`: whether "published" is among its recipes even where `recipes` does not name it;
+- `other_weights`: names of files in models/ beside `weights`;
 - `skip_name`: what `skips` are called in a table's footer;
 - `takes_colour`: whether `fuse` and the training are given visible images in colour where there is some, (B, 3, H, W);
 - `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
@@ -171,6 +172,7 @@ class System:
     takes_colour = False
     skip_name = "decoder image"
     recipes: Mapping[str, Mapping[str, Any]] = {}
+    other_weights: tuple[str, ...] = ()
     published_recipe = True
 
     @classmethod

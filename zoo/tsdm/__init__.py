@@ -90,6 +90,7 @@ class TSDMFusion(System, nn.Module):
     skips = PADDINGS
     skip_name = "padding"
     weights = {"ivf": ("TSDM-Fusion_student.pth",), "mif": ()}
+    other_weights = ("TSDM-Fusion_teacher.pth",)  # --init of a student
     takes_colour = True
     stretched = False  # its images are in the range of its sources already
     columns = PAPER_TABLE
