@@ -224,15 +224,15 @@ COMMANDS = {
     "python train.py --system tsdm --recipe teacher --data data/colour.h5": How(
         f"{SHORT} --teacher-epochs 1", COLOUR, ("runs/tsdm_ivf/TSDM-Fusion_IVF.pth",)
     ),
-    "python train.py --system tsdm --recipe student --data data/IVF_colour.h5 --crop 64 --flips --precision bfloat16 "
-    "--schedule cosine --warmup-steps 20 --ema 0.98 --epoch-batches 50 --batch-size 6 --student-epochs 6 "
-    "--adversarial-epochs 0 --init runs/teacher/TSDM-Fusion_IVF.pth --out runs/student": How(
+    "python train.py --system tsdm --recipe student --data data/IVF_colour.h5 --crop 48 --flips --precision bfloat16 "
+    "--schedule cosine --warmup-steps 100 --ema 0.99 --epoch-batches 100 --batch-size 6 --learning-rate 8e-4 "
+    "--student-epochs 17 --adversarial-epochs 0 --init runs/teacher/TSDM-Fusion_IVF.pth --out runs/student": How(
         f"{SHORT} --student-epochs 1",
         (("data/IVF_colour.h5", "stand-ins/colour.h5"), *weights("runs/teacher/TSDM-Fusion_IVF.pth", "tsdm_teacher")),
         ("runs/student/TSDM-Fusion_IVF.pth",),
     ),
-    "python train.py --system tsdm --recipe teacher --data data/IVF_colour.h5 --crop 64 --flips --precision bfloat16 "
-    "--schedule cosine --warmup-steps 20 --ema 0.98 --epoch-batches 50 --batch-size 8 --teacher-epochs 5 "
+    "python train.py --system tsdm --recipe teacher --data data/IVF_colour.h5 --crop 32 --flips --precision bfloat16 "
+    "--schedule cosine --warmup-steps 20 --ema 0.99 --epoch-batches 100 --batch-size 8 --teacher-epochs 36 "
     "--out runs/teacher": How(
         f"{SHORT} --teacher-epochs 1",
         (("data/IVF_colour.h5", "stand-ins/colour.h5"),),
