@@ -112,7 +112,7 @@ def test_a_missing_package_is_named_with_the_command_to_run(tmp_path, monkeypatc
 def test_system_without_bundled_weights_asks_for_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(MLFuseSystem, "weights", {"ivf": (), "mif": ()})
     assert export.main(["--system", "mlfuse", "--formats", "pt2", "--out", str(tmp_path)]) == 2
-    assert "no weights of MLFuse come with the project" in capsys.readouterr().err
+    assert "no weights of MLFuse for --task ivf come with the project" in capsys.readouterr().err
 
 
 def test_ready_module_fuses_as_the_test_scripts_do():

@@ -36,7 +36,7 @@ print(type(model).__name__, model.weights.name, model.skip, model.training, tupl
 def test_systems_have_the_weights_that_come_with_the_project():
     for name in SYSTEMS:
         assert getattr(hubconf, name)().weights.name == find_system(name).weights["ivf"][-1]
-    with pytest.raises(InputError, match="no weights of TSDM-Fusion come with the project"):
+    with pytest.raises(InputError, match="no weights of TSDM-Fusion for --task mif come with the project"):
         hubconf.tsdm(task="mif")
 
 

@@ -16,7 +16,7 @@ import torch
 import train
 from utils.checkpoint import read_file
 from utils.patches import PatchWriter
-from utils.training import Run
+from utils.training import Run, Stop
 from zoo import Stage
 from zoo.cddfuse import CDDFuseSystem
 
@@ -118,7 +118,9 @@ def test_signal_finishes_the_step_saves_and_has_its_own_exit_code(patch_file, tm
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
-def test_second_signal_ends_at_once(patch_file, tmp_path, monkeypatch):
+def test_second_ctrl_c_ends_at_once(patch_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stop, "TOGETHER_S", 0)  # tests/test_train_faults.py has those that come together
+
     def impatient(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
