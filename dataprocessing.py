@@ -20,10 +20,9 @@ from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, run_s
 from utils.degradation import INFRARED, VISIBLE
 from utils.degradation_panel import write_examples
 from utils.images import Pair, check_same_size, find_modalities, list_pairs, luma_of, read_colour, read_luma
+from utils.metrics import SMALLEST_SCORED
 from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.saliency import visual_saliency
-
-SMALLEST_SCORED = 41  # pixels a side that every metric of the table can work on (VIF)
 
 
 def build_parser() -> argparse.ArgumentParser:

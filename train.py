@@ -197,8 +197,6 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
         raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
     check_writable(out)
-    if resumed and resumed.parent != out:
-        run.best = None  # those weights lie elsewhere
     dataset.move_to(device)
     if is_first():
         if resumed:

@@ -34,8 +34,6 @@ from utils.inference import fuse_arrays, keep_freed_memory, pick_device, to_leve
 from utils.memory import resident_memory
 from zoo.cddfuse import CDDFuseSystem
 
-SMALLEST_SIDE = CDDFuseSystem.smallest_side
-
 SIDES = ("transcription", "float32", "bfloat16")
 
 
@@ -233,10 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_size(text: str) -> tuple[int, int]:
     """ "640x480" -> (480, 640)."""
     width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()) or min(int(width), int(height)) < SMALLEST_SIDE:
-        raise InputError(
-            f"--sizes {text!r} must be WIDTHxHEIGHT such as 640x480, {SMALLEST_SIDE} pixels or more a side"
-        )
+    least = CDDFuseSystem.smallest_side
+    if not (width.isdecimal() and height.isdecimal()) or min(int(width), int(height)) < least:
+        raise InputError(f"--sizes {text!r} must be WIDTHxHEIGHT such as 640x480, {least} pixels or more a side")
     return int(height), int(width)
 
 

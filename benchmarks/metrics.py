@@ -23,8 +23,6 @@ from threadpoolctl import threadpool_limits  # comes with scikit-learn, which th
 from tests import reference_metrics
 from utils import InputError, metrics, run_script
 
-SMALLEST_SIDE = 41  # of VIF
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -118,9 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def time_metrics(args: argparse.Namespace) -> int:
-    if min(args.height, args.width) < SMALLEST_SIDE or args.rounds < 1:
+    least = metrics.SMALLEST_SCORED
+    if min(args.height, args.width) < least or args.rounds < 1:
         raise InputError(
-            f"--height {args.height} and --width {args.width} must be at least {SMALLEST_SIDE}, --rounds at least 1"
+            f"--height {args.height} and --width {args.width} must be at least {least}, --rounds at least 1"
         )
     images = made_pair(args.height, args.width, args.seed)
     images_64 = tuple(image.astype(np.float64) for image in images)

@@ -113,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.megapixels) < 0.0001 or args.threads < 1:
         parser.error("--megapixels must be at least 0.0001, and --threads at least 1")
-    failed = False
     torch.set_num_threads(args.threads)
     if args.here:
         if not args.max_memory:
@@ -129,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found))
         return 0
     commit = git_commit()  # now: the checkout may change during the runs
-    runs = []
+    runs, failed = [], False
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for megapixels in args.megapixels:
             first = None

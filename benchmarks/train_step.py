@@ -34,7 +34,6 @@ from zoo.cddfuse import CDDFuseSystem
 
 WAYS = ("published float32", "ours float32", "ours bfloat16")
 PHASES = (1, 2)
-SMALLEST_SIDE = CDDFuseSystem.smallest_patch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def time_steps(args: argparse.Namespace) -> int:
-    if args.size < SMALLEST_SIDE or min(args.batch_size, args.rounds, args.threads) < 1 or args.warm_up < 0:
+    least = CDDFuseSystem.smallest_patch
+    if args.size < least or min(args.batch_size, args.rounds, args.threads) < 1 or args.warm_up < 0:
         raise InputError(
-            f"--size {args.size} must be at least {SMALLEST_SIDE}, --batch-size, --rounds and --threads at least 1, "
+            f"--size {args.size} must be at least {least}, --batch-size, --rounds and --threads at least 1, "
             "--warm-up at least 0"
         )
     args.device = pick_device(args.device)

@@ -29,6 +29,7 @@ from utils import InputError
 NOISES = ("independent", "shared", "correlated")
 _SMALLEST_VARIANCE = 1e-3  # of a blur: below, the neighbours of a pixel weigh nothing and a covariance is singular
 _LUMA = (0.299, 0.587, 0.114)
+_LARGEST_WHOLE = 2**31  # far beyond any level or radius; what is drawn stays a 64-bit number
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Ranges:
         for item in dataclasses.fields(self):
             name, value = item.name, getattr(self, item.name)
             if isinstance(item.default, tuple):
-                highest = 100 if "quality" in name else np.inf
                 whole = isinstance(item.default[0], int)
+                highest = 100 if "quality" in name else _LARGEST_WHOLE if whole else np.inf
                 if len(value) != 2 or not 0 <= value[0] <= value[1] <= highest or not np.isfinite(value[1]):
                     problems.append(f"{name} {value} must be two numbers from 0 up, the lower first")
                 elif whole and any(end != int(end) for end in value):
@@ -107,15 +108,13 @@ class Ranges:
             try:
                 default = kinds[name]
                 numbers = tuple(float(number) for number in value.split(":"))
-                if not all(abs(number) < 2**31 for number in numbers):  # what is not a number neither
-                    raise ValueError(value)
             except (KeyError, ValueError) as error:
                 raise InputError(
                     f"degradation {part!r} must be name=low:high or name=value, with a name of {', '.join(kinds)}"
                 ) from error
             if isinstance(default, tuple):
                 low, high = numbers[0], numbers[-1]
-                whole = isinstance(default[0], int) and low == int(low) and high == int(high)
+                whole = isinstance(default[0], int) and low.is_integer() and high.is_integer()
                 changes[name] = (int(low), int(high)) if whole else (low, high)
             else:
                 changes[name] = bool(numbers[0]) if isinstance(default, bool) else numbers[0]

@@ -30,7 +30,6 @@ from utils.memory import (
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PUBLISHED = "published"  # for --weights; and the folder in models/ that tools/download.py fetches them to
 
-
 SKIP_HELP = (
     "image that the decoder is given: vis, sum or none; for tsdm how it pads: published or minimal "
     "(default: the published rule for the weights and the task)"

@@ -1188,3 +1188,6 @@ def register(metric: Metric) -> None:
 
 PAPER_TABLE = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM")
 """The columns of the published CDDFuse tables, in order."""
+
+SMALLEST_SCORED = max(METRICS[key].min_side for key in PAPER_TABLE)
+"""Pixels a side that every metric of the table can work on."""

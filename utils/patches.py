@@ -54,10 +54,8 @@ class Batch(NamedTuple):
         return Batch(*(None if image is None else function(image) for image in self))
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; the host does not wait for a copy to a GPU, which needs pinned memory for that."""
-        if device.type == "cuda" and self.vis.device.type == "cpu":
-            return self.each(lambda image: image.pin_memory().to(device, non_blocking=True))
-        return self.each(lambda image: image.to(device))
+        """The same on a device; the host does not wait for a copy to a GPU."""
+        return self.each(lambda image: _to_device(image, device))
 
 
 class HeldOut(NamedTuple):
@@ -307,17 +305,19 @@ def random_batches(
         columns = lefts[take, None] + np.where(flip_columns[take, None], columns[::-1], columns)
         y, x = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
         # A quarter turn is a flip and this: rows become columns.
-        if height == width:
+        if turn[take].any():
             y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
-        n, y, x = (_to_device(axis, dataset.vis.device) for axis in (order[take, None, None], y, x))
+        n, y, x = (torch.from_numpy(np.ascontiguousarray(axis)) for axis in (order[take, None, None], y, x))
+        where = tuple(_to_device(axis, dataset.vis.device) for axis in (n, y, x))
         sources = Batch(dataset.vis, dataset.ir, ir_saliency=dataset.ir_saliency)
-        yield sources.each(lambda source, where=(n, y, x): to_unit(source[where]))
+        yield sources.each(lambda source, where=where: to_unit(source[where]))
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor on the device; the host does not wait until it is there."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # The host does not wait for a copy to a GPU; that needs pinned memory.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: int = 1) -> int:

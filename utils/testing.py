@@ -116,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         "system and the task); for several systems one each, in their order",
     )
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
+    add("--skip", help=SKIP_HELP)
     add(
         "--protocol",
         choices=PROTOCOLS,
@@ -148,7 +149,6 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding",
     )
     add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
-    add("--skip", help=SKIP_HELP)
     add_inference_options(parser)
     add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
     add("--debug", action="store_true", help="show tracebacks")
@@ -213,7 +213,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
             f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}{rounding}, "
             f"images {lists}, commit {commit}"
         )
-    for stem in filter(written.__contains__, stems):
+    for stem in (stem for stem in stems if stem in written):
         print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
     return EXIT_BAD_INPUT if incomplete else 0
 

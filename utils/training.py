@@ -414,6 +414,8 @@ class Run:
             self.restart_average()
         for name in COUNTERS:
             setattr(self, name, saved[name])
+        if path.parent != self.out:
+            self.best = None  # those weights lie elsewhere
         self.looked_at = self.step
         set_random_state(saved["random"], self.device)
         before = saved["about"]["commit"]
@@ -540,8 +542,6 @@ class _Patient:
 
     def __eq__(self, other: object) -> bool:  # tqdm takes its bar away for what is written to the same stream
         return self.stream is getattr(other, "stream", other)
-
-    __hash__ = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
