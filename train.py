@@ -33,6 +33,7 @@ from utils.distributed import any_rank, from_first, is_first, local_device, proc
 from utils.images import write_image
 from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device
 from utils.monitor import Curves, draw_panel, validate
+from utils.optimizers import OPTIMIZERS
 from utils.patches import PatchDataset
 from utils.training import Run, Stop, say, stop_now
 from zoo import SYSTEMS, TASKS, check_options, find_system, option
@@ -47,7 +48,10 @@ class Options:
     """Options of the training loop; the defaults are those of the published code of CDDFuse."""
 
     batch_size: int = option(8, "patches a step", above=0)
-    learning_rate: float = option(1e-4, "of Adam, for each network", above=0)
+    optimizer: str = option("adam", "muon: orthogonalised steps for matrices and kernels, Adam for the rest",
+                            choices=OPTIMIZERS)  # fmt: skip
+    learning_rate: float = option(1e-4, "of the optimiser, for each network", above=0)
+    muon_factor: float = option(1.0, "times the rate, for the steps that Muon takes", above=0)
     schedule: str = option("step", "step: times --lr-factor every --lr-epochs; cosine: down to --min-lr over the run",
                            choices=("step", "cosine"))  # fmt: skip
     lr_epochs: int = option(20, "epochs of training of a network between two steps of its rate", above=0)
@@ -56,7 +60,9 @@ class Options:
     warmup_steps: int = option(0, "steps over which the rate rises to its value, before either schedule", low=0)
     clip_norm: float = option(0.01, "largest gradient norm of each network; 0: no limit", low=0)
     weight_decay: float = option(0.0, "of Adam, added to the gradient", low=0)
-    decoupled_weight_decay: bool = option(False, "take the decay off the weights instead, as AdamW does")
+    decoupled_weight_decay: bool = option(
+        False, "take the decay off the weights instead, as AdamW does, and Muon always"
+    )
     crop: int = option(0, "side of a random crop of each patch; 0: the whole patch", low=0)
     flips: bool = option(False, "flip and quarter-turn patches at random")
     epoch_batches: int = option(0, "steps an epoch; 0: one pass over the patches", low=0)
@@ -200,14 +206,14 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     dataset.move_to(device)
     if is_first():
         if resumed:
-            print(f"resumed from {resumed}: {run.epoch} of {run.epochs} epochs and {run.batch} batches done")
+            say(f"resumed from {resumed}: {run.epoch} of {run.epochs} epochs and {run.batch} batches done")
         processes = f" in {ranks()} processes" if ranks() > 1 else ""
-        print(
+        say(
             f"{system.label}, {args.task}, recipe {args.recipe}: {len(dataset)} patches and {len(dataset.held_out)} "
             f"held-out pairs of {args.data}, {run.epochs} epochs of {run.epoch_batches} steps, {device}{processes}, "
             f"to {out}"
         )
-        print(", ".join(f"{name}={value}" for name, value in run.settings.items()))
+        say(", ".join(f"{name}={value}" for name, value in run.settings.items()))
     return run
 
 

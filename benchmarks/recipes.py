@@ -1,7 +1,10 @@
 """Which recipe of train.py makes the better weights in the same time: each trains from scratch, on the same patches.
 
     python -m benchmarks.recipes --data data/MSRS.h5 --minutes 20       # a patch file with held-out pairs (--holdout)
-    python -m benchmarks.recipes --data data/MSRS.h5 --minutes 20 --options ours "--learning-rate 5e-4" --json r.json
+    python -m benchmarks.recipes --data data/MSRS.h5 --recipes ours "ours --seed 1" "ours --batch-size 16" --json r.json
+
+A recipe may be followed by options of train.py. The same recipe with another seed shows how much of a difference is
+chance.
 
 Every recipe keeps its stages, schedules and the proportion of its epochs, and gets as many steps as fit into the
 minutes: the steps of an epoch are scaled, by the time of a few steps measured first. What is compared is what train.py
@@ -26,6 +29,7 @@ import torch
 import train
 from utils import InputError, git_commit, run_script
 from utils.metrics import PAPER_TABLE
+from utils.patches import PatchDataset
 from zoo import SYSTEMS, TASKS, find_system
 
 PROBE_STEPS = 4  # a stage, after as many that warm up
@@ -38,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
     add("--system", choices=SYSTEMS, default="cddfuse")
     add("--task", choices=TASKS, default="ivf")
-    add("--recipes", nargs="+", default=["ours", "published"])
-    add("--options", nargs=2, action="append", default=[], metavar=("RECIPE", "OPTIONS"), help="of train.py, for one")
+    add("--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any")
     add("--device", default="auto")
     add("--out", type=Path, help="folder to keep the runs in (default: a temporary one)")
     add("--json", type=Path, help="file for the numbers")
@@ -48,10 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
+    if not PatchDataset(args.data).held_out:
+        raise InputError(f"{args.data} has no held-out pairs; make it with `python dataprocessing.py --holdout 20`")
     folder = args.out or Path(tempfile.mkdtemp(prefix="recipes_"))
     commit = git_commit()  # now: the checkout may change during the runs
     try:
-        rows = {recipe: train_for(recipe, folder, args) for recipe in args.recipes}
+        folders = {row: folder / str(number) for number, row in enumerate(args.recipes, 1)}
+        # All are planned before the first is trained: what is wrong with the last should not show after hours.
+        plans = {row: plan(row, args, at) for row, at in folders.items()}
+        for call, _ in plans.values():
+            run(call)
+        rows = {row: result(at, plans[row][1]) for row, at in folders.items()}
     finally:
         if not args.out:
             shutil.rmtree(folder)
@@ -60,54 +70,53 @@ def compare(args: argparse.Namespace) -> int:
              "python": platform.python_version(), "torch": str(torch.__version__), "commit": commit}  # fmt: skip
     print("| recipe | steps | patches | minutes | held-out total | " + " | ".join(PAPER_TABLE) + " |")
     print("|" + "---|" * (5 + len(PAPER_TABLE)))
-    for recipe, row in rows.items():
+    for name, row in rows.items():
         metrics = " | ".join(f"{row['metrics'][name]:.3f}" for name in PAPER_TABLE)
         total = f"{row['losses']['total']:.4f}"
-        print(f"| {recipe} | {row['steps']} | {row['patches']} | {row['minutes']:.1f} | {total} | {metrics} |")
+        print(f"| {name} | {row['steps']} | {row['patches']} | {row['minutes']:.1f} | {total} | {metrics} |")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
         args.json.write_text(json.dumps({"about": about, "recipes": rows}, indent=1) + "\n")
     return 0
 
 
-def train_for(recipe: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one recipe from scratch for about the minutes asked for; what its log says at the end."""
-    extra = [word for name, options in args.options if name == recipe for word in shlex.split(options)]
+def plan(row: str, args: argparse.Namespace, folder: Path) -> tuple[list[str], int]:
+    """The call of train.py that trains a recipe from scratch for about the minutes asked for, and its batch size."""
+    recipe, *extra = shlex.split(row) or [""]
     options = ["--system", args.system, "--task", args.task, "--data", str(args.data), "--device", args.device,
                "--recipe", recipe, *extra]  # fmt: skip
     system = find_system(args.system)
     given = train.build_parser(system, recipe).parse_args(options)
     epochs = {name: getattr(given, name) for name in vars(system.Options()) if name.endswith("epochs")}
-    step_seconds = probe(epochs, options, folder / f"{recipe}_probe")
+    step_seconds = probe(epochs, options, folder / "probe")
     # Over all epochs of a stage, so many seconds for each step that an epoch has.
     per_step = sum(step_seconds[name] * count for name, count in epochs.items())
     epoch_batches = max(1, round(60 * args.minutes / per_step))
-    out = folder / recipe
     # Validated at the end alone: epochs are short, and validation takes no part in the minutes.
-    run(
-        ["--epoch-batches", str(epoch_batches), "--validate-every", str(max(epochs.values())), "--out", str(out)],
-        options,
-    )
-    log = read_log(out)
-    if "validation" not in log[-1]:
-        raise InputError(f"{args.data} has no held-out pairs; make it with `python dataprocessing.py --holdout 20`")
+    steps = ["--epoch-batches", str(epoch_batches), "--validate-every", str(max(epochs.values()))]
+    return [*options, *steps, "--out", str(folder / "run")], given.batch_size
+
+
+def result(folder: Path, batch_size: int) -> dict[str, Any]:
+    """What the log of a finished run says."""
+    log = read_log(folder / "run")
     steps = log[-1]["step"]
     minutes = sum(line["seconds"] for line in log) / 60
-    return {"steps": steps, "patches": steps * given.batch_size, "minutes": minutes, **log[-1]["validation"]}
+    return {"steps": steps, "patches": steps * batch_size, "minutes": minutes, **log[-1]["validation"]}
 
 
 def probe(epochs: dict[str, int], options: list[str], out: Path) -> dict[str, float]:
     """Seconds a step of each stage that has epochs."""
     short = [word for name, count in epochs.items()
              for word in (f"--{name.replace('_', '-')}", str(2 * min(count, 1)))]  # fmt: skip
-    run([*short, "--epoch-batches", str(PROBE_STEPS), "--validate-every", "0", "--out", str(out)], options)
+    run([*options, *short, "--epoch-batches", str(PROBE_STEPS), "--validate-every", "0", "--out", str(out)])
     seconds = [line["seconds"] / PROBE_STEPS for line in read_log(out)[1::2]]  # the first epoch of each warms up
     stages = [name for name, count in epochs.items() if count]
     return dict.fromkeys(epochs, 0.0) | dict(zip(stages, seconds, strict=True))
 
 
-def run(changes: list[str], options: list[str]) -> None:
-    if train.main([*options, *changes]):
+def run(call: list[str]) -> None:
+    if train.main(call):
         raise InputError("train.py has said above why it did not train")
 
 

@@ -27,6 +27,7 @@ from utils import InputError, whole_file
 from utils.checkpoint import read_file, save_file
 from utils.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
 from utils.inference import autocast
+from utils.optimizers import Muon
 from utils.patches import Batch, PatchDataset, batches_in_epoch, random_batches
 
 if TYPE_CHECKING:
@@ -93,9 +94,10 @@ class Run:
         self.epochs_trained = dict.fromkeys(self.networks, 0)
         # What a network registers but never uses is frozen by its system, and stays so.
         self.frozen = {p for network in self.networks.values() for p in network.parameters() if not p.requires_grad}
-        # Adam keeps its state by parameter: one optimiser with a group a network is four published ones.
+        # The state is kept by parameter: one optimiser with a group a network is four published ones.
         groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
-        self.optimizer = torch.optim.Adam(
+        self.factors = {"muon": options.muon_factor}  # of the rate, by a group's `by`
+        self.optimizer = (Muon if options.optimizer == "muon" else torch.optim.Adam)(
             groups, lr=options.learning_rate, weight_decay=options.weight_decay,
             decoupled_weight_decay=options.decoupled_weight_decay, fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
@@ -224,6 +226,7 @@ class Run:
                 factor = 0.5 + 0.5 * math.cos(math.pi * self.step / (self.epochs * self.epoch_batches))
             floor = min(options.min_lr, options.learning_rate)
             relative = self.stage.rates.get(group["name"], 1)
+            relative *= self.factors.get(group.get("by"), 1)
             group["lr"] = relative * warmup * max(factor * options.learning_rate, floor)
 
     def check_finite(self) -> list[dict[str, float]]:
@@ -263,7 +266,8 @@ class Run:
         return {"step": self.step, "losses": newest, "gradient_norms": norms, "learning_rates": self.rates()}
 
     def rates(self) -> dict[str, float]:
-        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        """By network; Muon's are that times its factor."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups if group.get("by") != "muon"}
 
     def finish_epoch(self) -> None:
         stage, _ = self.stage_of(self.epoch)
@@ -398,6 +402,12 @@ class Run:
                 f"the options differ from those of {path}: {'; '.join(changed)}; give the former ones, "
                 "or --force to go on with these"
             )
+        former = saved["settings"].get("optimizer", "adam")
+        if former != self.options.optimizer:
+            raise InputError(
+                f"{path} was trained with --optimizer {former}, and {self.options.optimizer} cannot go on from its "
+                f"state; give the former one, or start a new run from its weights: --init {self.weights} --out ANOTHER"
+            )
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -405,7 +415,8 @@ class Run:
             raise InputError(f"{path} is of another network; name the run to go on with by --resume") from error
         for group in self.optimizer.param_groups:  # loaded with the state; the options may have changed
             group["weight_decay"] = self.options.weight_decay
-            group["decoupled_weight_decay"] = self.options.decoupled_weight_decay
+            if "decoupled_weight_decay" in group:  # Muon's always is
+                group["decoupled_weight_decay"] = self.options.decoupled_weight_decay
         if changed:
             print(f"warning: options changed: {'; '.join(changed)}", file=sys.stderr)
         if self.ema and saved["ema"]:

@@ -49,8 +49,9 @@ class CDDFuseSystem(System, net.CDDFuse):
     # What the bundled weights were made by; `python -m benchmarks.recipes` compares it with the published one.
     recipes = {
         "ours": {
-            "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100, "ema": 0.998, "crop": 64, "flips": True,
-            "precision": "bfloat16", "epoch_batches": 500, "stage1_epochs": 4, "stage2_epochs": 26,
+            "optimizer": "muon", "learning_rate": 1e-3, "muon_factor": 3.0, "schedule": "cosine", "warmup_steps": 100,
+            "ema": 0.998, "crop": 64, "flips": True, "precision": "bfloat16", "epoch_batches": 500, "stage1_epochs": 4,
+            "stage2_epochs": 26,
         },
     }  # fmt: skip
 
