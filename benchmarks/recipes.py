@@ -19,6 +19,8 @@ import json
 import platform
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +118,8 @@ def probe(epochs: dict[str, int], options: list[str], out: Path) -> dict[str, fl
 
 
 def run(call: list[str]) -> None:
-    if train.main(call):
+    # In a process of its own, so that memory which one recipe has kept is not missing to the next.
+    if subprocess.run([sys.executable, train.__file__, *call], check=False).returncode:
         raise InputError("train.py has said above why it did not train")
 
 

@@ -11,6 +11,7 @@ import torch
 
 import train
 from utils.checkpoint import read_file, save_file
+from utils.optimizers import OPTIMIZERS
 from utils.patches import PatchDataset, PatchWriter
 from utils.training import Run
 from zoo import SYSTEMS, Stage, find_system
@@ -39,8 +40,10 @@ def weights(out):
     return {f"{name}.{k}": v for name, state in content.items() if name != "about" for k, v in state.items()}
 
 
-def test_resumed_run_repeats_the_straight_one_bit_for_bit(patch_file, tmp_path, monkeypatch):
-    assert run(patch_file, tmp_path / "a", "--flips", "--crop", "12", epochs=(2, 2)) == 0
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_run_repeats_the_straight_one_bit_for_bit(optimizer, patch_file, tmp_path, monkeypatch):
+    options = ("--flips", "--crop", "12", "--optimizer", optimizer)
+    assert run(patch_file, tmp_path / "a", *options, epochs=(2, 2)) == 0
 
     train_step, calls = Run.train_step, []
 
@@ -52,13 +55,40 @@ def test_resumed_run_repeats_the_straight_one_bit_for_bit(patch_file, tmp_path, 
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "train_step", dies_in_step_6)
-        assert run(patch_file, tmp_path / "b", "--flips", "--crop", "12", epochs=(2, 2)) == 130
-    assert run(patch_file, tmp_path / "b", "--flips", "--crop", "12", "--resume", "auto", epochs=(2, 2)) == 0
+        assert run(patch_file, tmp_path / "b", *options, epochs=(2, 2)) == 130
+    assert run(patch_file, tmp_path / "b", *options, "--resume", "auto", epochs=(2, 2)) == 0
     straight, resumed = weights(tmp_path / "a"), weights(tmp_path / "b")
     for key, value in straight.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in "ab"]
     assert [json.loads(line)["losses"] for line in logs[0]] == [json.loads(line)["losses"] for line in logs[1]]
+
+
+def test_run_of_one_optimizer_is_not_gone_on_with_by_another(patch_file, tmp_path, capsys):
+    stop = ("--max-minutes", "1e-6")
+    assert run(patch_file, tmp_path / "run", *stop) == 75
+    before = (tmp_path / "run/last.pt").read_bytes()
+    assert run(patch_file, tmp_path / "run", "--optimizer", "muon", "--resume", "auto", "--force") == 2
+    assert "trained with --optimizer adam" in capsys.readouterr().err
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_checkpoint_from_before_there_was_a_choice_is_adams(patch_file, tmp_path):
+    assert run(patch_file, tmp_path / "run", "--max-minutes", "1e-6") == 75
+    last = tmp_path / "run/last.pt"
+    saved = read_file(last)
+    del saved["settings"]["optimizer"], saved["settings"]["muon_factor"]
+    save_file(last, saved)
+    assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0
+
+
+def test_factor_is_of_the_rate_of_muon_alone(patch_file):
+    args = train.build_parser(CDDFuseSystem).parse_args(["--optimizer", "muon", "--muon-factor", "3"])
+    state = new_run(args, train.take_options(args, train.Options), CDDFuseSystem.Options(), patch_file)
+    state.set_learning_rates()
+    rates = {(group["name"], group.get("by")): group["lr"] for group in state.optimizer.param_groups}
+    assert rates["encoder", "muon"] == pytest.approx(3e-4) and rates["encoder", None] == pytest.approx(1e-4)
+    assert state.rates()["encoder"] == pytest.approx(1e-4)
 
 
 def test_log_has_a_line_an_epoch_with_every_term(patch_file, tmp_path):

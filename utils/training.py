@@ -395,18 +395,19 @@ class Run:
 
     def take_up(self, path: Path, saved: dict[str, Any], *, force: bool = False) -> None:
         """`load`, of a file's content that is at hand."""
-        changed = [f"{key} {saved['settings'].get(key)!r} -> {value!r}"
-                   for key, value in self.settings.items() if saved["settings"].get(key) != value]  # fmt: skip
+        former = {"optimizer": "adam", "muon_factor": 1.0} | saved["settings"]  # there was no choice once
+        changed = [f"{key} {former.get(key)!r} -> {value!r}"
+                   for key, value in self.settings.items() if former.get(key) != value]  # fmt: skip
         if changed and not force:
             raise InputError(
                 f"the options differ from those of {path}: {'; '.join(changed)}; give the former ones, "
                 "or --force to go on with these"
             )
-        former = saved["settings"].get("optimizer", "adam")
-        if former != self.options.optimizer:
+        if former["optimizer"] != self.options.optimizer:
             raise InputError(
-                f"{path} was trained with --optimizer {former}, and {self.options.optimizer} cannot go on from its "
-                f"state; give the former one, or start a new run from its weights: --init {self.weights} --out ANOTHER"
+                f"{path} was trained with --optimizer {former['optimizer']}, from whose state "
+                f"{self.options.optimizer} cannot go on; give the former one, or start a new run from its weights: "
+                f"--init {self.weights} --out ANOTHER"
             )
         try:
             self.model.load_state_dict(saved["model"])

@@ -46,7 +46,7 @@ class CDDFuseSystem(System, net.CDDFuse):
     published = weights  # under the same names, in a folder of their own
     columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
-    # What the bundled weights were made by; `python -m benchmarks.recipes` compares it with the published one.
+    # Why: benchmarks/RESULTS.md, Recipes. `python -m benchmarks.recipes` compares it with the published one.
     recipes = {
         "ours": {
             "optimizer": "muon", "learning_rate": 1e-3, "muon_factor": 3.0, "schedule": "cosine", "warmup_steps": 100,
