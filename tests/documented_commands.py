@@ -90,6 +90,8 @@ COMMANDS = {
     "python dataprocessing.py --data my_scans --patch-size 128 --stride 128 --holdout 10 --out data/scans.h5": How(
         CUT, makes=("data/scans.h5",)
     ),
+    "python dataprocessing.py --data train/MRI_CT train/MRI_CT train/MRI_PET train/MRI_SPECT "
+    "--patch-size 256 --stride 256 --holdout 60 --out data/MIF_ct2.h5": How(CUT, makes=("data/MIF_ct2.h5",)),
     "python dataprocessing.py --data train/MRI_CT train/MRI_CT train/MRI_CT train/MRI_PET train/MRI_SPECT "
     "--patch-size 256 --stride 256 --holdout 60 --out data/MIF_ct3.h5": How(CUT, makes=("data/MIF_ct3.h5",)),
     "python dataprocessing.py --data train/MRI_CT train/MRI_PET train/MRI_SPECT --patch-size 256 --stride 256 "
@@ -183,6 +185,10 @@ COMMANDS = {
     "python test_MIF.py --weights published": How(there=PUBLISHED, says="CDDFuse_MIF"),
     "python train.py --data data/IVF.h5 --crop 64 --flips --epoch-batches 50 --precision bfloat16 --learning-rate 1e-3 "
     "--schedule cosine --warmup-steps 50 --stage1-epochs 8 --stage2-epochs 28": How(STAGES, IVF, IVF_RUN),
+    "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --seed 5 --epoch-batches 50 "
+    "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": How(
+        SECOND_STAGE, (("data/IVF_h.h5", PATCHES),), IVF_RUN
+    ),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 6e-4 "
     "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": How(
         SECOND_STAGE, (("data/IVF_h.h5", PATCHES),), IVF_RUN
@@ -239,6 +245,10 @@ COMMANDS = {
         ("runs/teacher/TSDM-Fusion_IVF.pth",),
     ),
     "python train.py --task mif --data data/MIF.h5": How(STAGES, MIF, MIF_RUN),
+    "python train.py --task mif --data data/MIF_ct2.h5 --init models/CDDFuse_MIF.pth --seed 5 --epoch-batches 50 "
+    "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": How(
+        SECOND_STAGE, (("data/MIF_ct2.h5", PATCHES),), MIF_RUN
+    ),
     "python train.py --task mif --data data/MIF_ct3.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
     "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 26": How(
         SECOND_STAGE, (("data/MIF_ct3.h5", PATCHES),), MIF_RUN
