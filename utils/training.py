@@ -96,7 +96,6 @@ class Run:
         self.frozen = {p for network in self.networks.values() for p in network.parameters() if not p.requires_grad}
         # The state is kept by parameter: one optimiser with a group a network is four published ones.
         groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
-        self.factors = {"muon": options.muon_factor}  # of the rate, by a group's `by`
         self.optimizer = (Muon if options.optimizer == "muon" else torch.optim.Adam)(
             groups, lr=options.learning_rate, weight_decay=options.weight_decay,
             decoupled_weight_decay=options.decoupled_weight_decay, fused=self.device.type in ("cpu", "cuda"),
@@ -226,7 +225,8 @@ class Run:
                 factor = 0.5 + 0.5 * math.cos(math.pi * self.step / (self.epochs * self.epoch_batches))
             floor = min(options.min_lr, options.learning_rate)
             relative = self.stage.rates.get(group["name"], 1)
-            relative *= self.factors.get(group.get("by"), 1)
+            if group.get("by") == "muon":
+                relative *= options.muon_factor
             group["lr"] = relative * warmup * max(factor * options.learning_rate, floor)
 
     def check_finite(self) -> list[dict[str, float]]:
