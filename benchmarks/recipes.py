@@ -7,9 +7,10 @@ A recipe may be followed by options of train.py. The same recipe with another se
 chance.
 
 Every recipe keeps its stages, schedules and the proportion of its epochs, and gets as many steps as fit into the
-minutes: the steps of an epoch are scaled, by the time of a few steps measured first. What is compared is what train.py
-says of the held-out pairs after the last epoch: losses of the last stage and the metrics of the table. A short run
-says which recipe learns faster, not where either would end.
+minutes: the steps of an epoch are scaled, by the time of a few steps measured first. `--steps 300` gives each that many
+instead (the nearest multiple of its epochs), for options that have nothing to do with speed. What is compared is what
+train.py says of the held-out pairs after the last epoch: losses of the last stage and the metrics of the table. A short
+run says which recipe learns faster, not where either would end.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="patch file with held-out pairs")
     add("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
+    add("--steps", type=int, help="for each recipe, instead of minutes")
     add("--system", choices=SYSTEMS, default="cddfuse")
     add("--task", choices=TASKS, default="ivf")
     add("--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any")
@@ -67,9 +69,10 @@ def compare(args: argparse.Namespace) -> int:
     finally:
         if not args.out:
             shutil.rmtree(folder)
-    about = {"data": args.data.name, "system": args.system, "task": args.task, "minutes": args.minutes,
-             "device": args.device, "machine": platform.machine(), "threads": torch.get_num_threads(),
-             "python": platform.python_version(), "torch": str(torch.__version__), "commit": commit}  # fmt: skip
+    budget = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
+    about = {"data": args.data.name, "system": args.system, "task": args.task, **budget, "device": args.device,
+             "machine": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+             "torch": str(torch.__version__), "commit": commit}  # fmt: skip
     print("| recipe | steps | patches | minutes | held-out total | " + " | ".join(PAPER_TABLE) + " |")
     print("|" + "---|" * (5 + len(PAPER_TABLE)))
     for name, row in rows.items():
@@ -83,7 +86,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def plan(row: str, args: argparse.Namespace, folder: Path) -> tuple[list[str], int]:
-    """The call of train.py that trains a recipe from scratch for about the minutes asked for, and its batch size."""
+    """The call of train.py that trains a recipe from scratch for about what was asked for, and its batch size."""
     recipe, *extra = shlex.split(row) or [""]
     options = ["--system", args.system, "--task", args.task, "--data", str(args.data), "--device", args.device,
                "--recipe", recipe, *extra]  # fmt: skip
@@ -91,11 +94,13 @@ def plan(row: str, args: argparse.Namespace, folder: Path) -> tuple[list[str], i
     given = train.build_parser(system, recipe).parse_args(options)
     epochs = {name: getattr(given, name) for name in vars(system.Options()) if name.endswith("epochs")}
     step_seconds = probe(epochs, options, folder / "probe")
-    # Over all epochs of a stage, so many seconds for each step that an epoch has.
-    per_step = sum(step_seconds[name] * count for name, count in epochs.items())
-    epoch_batches = max(1, round(60 * args.minutes / per_step))
+    if args.steps:
+        epoch_batches = args.steps / sum(epochs.values())
+    else:
+        # Over all epochs of a stage, so many seconds for each step that an epoch has.
+        epoch_batches = 60 * args.minutes / sum(step_seconds[name] * count for name, count in epochs.items())
     # Validated at the end alone: epochs are short, and validation takes no part in the minutes.
-    steps = ["--epoch-batches", str(epoch_batches), "--validate-every", str(max(epochs.values()))]
+    steps = ["--epoch-batches", str(max(1, round(epoch_batches))), "--validate-every", str(max(epochs.values()))]
     return [*options, *steps, "--out", str(folder / "run")], given.batch_size
 
 
