@@ -111,13 +111,19 @@ def make_step(way: str, phase: int, args: argparse.Namespace) -> Callable[[], No
     implementation, precision = way.split()
     if implementation == "published":
         training = reference_net.Training(reference_net.CDDFuse().to(args.device))
-        return lambda: training.step(phase, vis, ir)
+
+        def published_step() -> None:
+            torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which the published script leaves
+            training.step(phase, vis, ir)
+
+        return published_step
     run = ours(precision, phase, args)
     losses: torch.nn.Module = _PassLosses(run.stage.updates[0])
     if args.compile:
         losses = torch.compile(losses)
 
     def step() -> None:
+        torch.backends.cudnn.allow_tf32 = False  # as train.py has it
         run.train_step(run.stage, [losses], Batch(vis, ir))
         run.unseen.clear()  # what an epoch would look at now and then
 
