@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="patch file with held-out pairs")
-    add("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
-    add("--steps", type=int, help="for each recipe, instead of minutes")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
+    budget.add_argument("--steps", type=int, help="for each recipe, instead of minutes")
     add("--system", choices=SYSTEMS, default="cddfuse")
     add("--task", choices=TASKS, default="ivf")
     add("--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any")
@@ -93,7 +94,7 @@ def plan(row: str, args: argparse.Namespace, folder: Path) -> tuple[list[str], i
     system = find_system(args.system)
     given = train.build_parser(system, recipe).parse_args(options)
     epochs = {name: getattr(given, name) for name in vars(system.Options()) if name.endswith("epochs")}
-    step_seconds = probe(epochs, options, folder / "probe")
+    step_seconds = probe(epochs, options, folder / "probe")  # with --steps too: it shows whether the row trains
     if args.steps:
         epoch_batches = args.steps / sum(epochs.values())
     else:

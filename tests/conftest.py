@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utils.patches import PatchWriter
+
 
 def formula_image(c: float, height: int = 40, width: int = 56) -> Tensor:
     """The image I(c) behind the golden numbers: (1, 1, H, W) float32 in [0, 1], a sum of two waves."""
@@ -50,6 +52,16 @@ def write_pair(folder: Path, names: tuple[str, str], name: str, seed: int, size:
         (folder / modality).mkdir(parents=True, exist_ok=True)
         pixels = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
         cv2.imwrite(str(folder / modality / name), pixels)
+
+
+@pytest.fixture
+def patch_file(tmp_path: Path) -> Path:
+    """Six patches of noise, 16 x 16, and one held-out pair, 48 x 48."""
+    rng = np.random.default_rng(0)
+    with PatchWriter(tmp_path / "patches.h5", 16) as writer:
+        writer.add(*rng.uniform(0, 255, (2, 6, 16, 16)))
+        writer.hold_out("one", *rng.uniform(0, 255, (2, 48, 48)))
+    return tmp_path / "patches.h5"
 
 
 @pytest.fixture(scope="session")

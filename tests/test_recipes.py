@@ -5,21 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
-import numpy as np
 import pytest
 
 import train
 from benchmarks import recipes
-from utils.patches import PatchWriter
-
-
-@pytest.fixture
-def patch_file(tmp_path):
-    rng = np.random.default_rng(0)
-    with PatchWriter(tmp_path / "patches.h5", 16) as writer:
-        writer.add(*rng.uniform(0, 255, (2, 4, 16, 16)))
-        writer.hold_out("pair", *rng.integers(0, 255, (2, 48, 56), np.uint8))
-    return tmp_path / "patches.h5"
 
 
 @pytest.fixture(autouse=True)

@@ -10,23 +10,13 @@ import sys
 import time
 import weakref
 
-import numpy as np
 import pytest
 import torch
 
 import train
 from utils import ROOT, training
 from utils.checkpoint import read_file
-from utils.patches import PatchWriter, random_batches
-
-
-@pytest.fixture
-def patch_file(tmp_path):
-    rng = np.random.default_rng(0)
-    with PatchWriter(tmp_path / "patches.h5", 16) as writer:
-        writer.add(*rng.uniform(0, 255, (2, 6, 16, 16)))
-        writer.hold_out("one", *rng.uniform(0, 255, (2, 48, 48)))
-    return tmp_path / "patches.h5"
+from utils.patches import random_batches
 
 
 def run(patch_file, out, *options, epochs=(1, 1)):
