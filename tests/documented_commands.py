@@ -74,6 +74,9 @@ COMMANDS = {
     "python -m tools.halve runs/fsidfusion/FSIDFusion_IVF.pth FSIDFusion.pth --system fsidfusion": How(
         there=weights("runs/fsidfusion/FSIDFusion_IVF.pth", "fsidfusion"), makes=("FSIDFusion.pth",)
     ),
+    "python -m tools.plot_training runs/cddfuse_ivf": How(
+        there=(("runs/cddfuse_ivf/log.jsonl", "models/logs/ivf_2.jsonl"),), makes=("runs/cddfuse_ivf/curves.png",)
+    ),
     "python -m tools.make_panel": How(makes=("docs/samples.png",)),
     "python app.py": How(not_run=SERVES),
     "python app.py --host 0.0.0.0 --max-memory 4GB": How(not_run=SERVES),

@@ -40,15 +40,21 @@ def import_figure() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plot needs matplotlib; install it: pip install matplotlib") from None
+        raise InputError("pictures need matplotlib; install it: pip install matplotlib") from None
     return Figure
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, its parts laid out so that nothing overlaps."""
     return import_figure()(figsize=(width, height), layout="constrained")
 
 
-def _title(metric: str) -> str:
+def title_of(metric: str) -> str:
+    """The column name and which way is better.
+
+    >>> title_of("SCD")
+    'SCD ↑'
+    """
     return metric + {"higher": " ↑", "lower": " ↓"}[METRICS[metric].better]
 
 
@@ -56,14 +62,14 @@ def _box_plots(rows: Sequence[Row], facts: str) -> Any:
     metrics = list(rows[0].sheet.mean())
     across = min(4, len(metrics))
     down = math.ceil(len(metrics) / across)
-    figure = _figure(across * max(2.5, 0.5 * len(rows) + 1), down * 2.8 + 0.4)
+    figure = new_figure(across * max(2.5, 0.5 * len(rows) + 1), down * 2.8 + 0.4)
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(down, across, i + 1)
         values = [[v[metric] for v in row.sheet.images.values() if math.isfinite(v[metric])] for row in rows]
         axes.boxplot(values, showmeans=True)
         axes.set_xticks(range(1, len(rows) + 1), [row.method for row in rows], rotation=45, ha="right", fontsize=8)
         unit = METRICS[metric].unit_in(rows[0].protocol)
-        axes.set_title(_title(metric) + (f" ({unit})" if unit else ""), fontsize=9)
+        axes.set_title(title_of(metric) + (f" ({unit})" if unit else ""), fontsize=9)
     figure.supxlabel(facts, fontsize=7)
     return figure
 
@@ -75,10 +81,10 @@ def _rank_map(ranks: dict[str, dict[str, float]], facts: str) -> Any:
 
     methods, metrics = sorted(ranks, key=overall), list(next(iter(ranks.values())))
     table = [[ranks[method][metric] for metric in metrics] for method in methods]
-    figure = _figure(1.5 + 0.8 * len(metrics), 1.2 + 0.45 * len(methods))
+    figure = new_figure(1.5 + 0.8 * len(metrics), 1.2 + 0.45 * len(methods))
     axes = figure.add_subplot()
     axes.imshow(table, cmap="viridis_r", vmin=1, vmax=len(methods), aspect="auto")
-    axes.set_xticks(range(len(metrics)), [_title(metric) for metric in metrics])
+    axes.set_xticks(range(len(metrics)), [title_of(metric) for metric in metrics])
     axes.set_yticks(range(len(methods)), methods)
     middle = (1 + len(methods)) / 2
     for y, line in enumerate(table):
