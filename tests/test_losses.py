@@ -117,6 +117,18 @@ def test_losses_are_the_same_under_autocast(function):
     assert function(I0.bfloat16(), I1.bfloat16()).dtype == torch.float32
 
 
+def test_range_loss_is_the_distance_from_the_levels_of_both_sources_nearby():
+    vis, ir = torch.full((1, 1, 8, 8), 0.3), torch.full((1, 1, 8, 8), 0.6)
+    fused = torch.full((1, 1, 8, 8), 0.45)
+    assert losses.range_loss(vis, ir, fused).item() == 0
+    fused[..., 2, 2], fused[..., 5, 5] = 0.1, 0.9  # below the darker, above the brighter source
+    assert losses.range_loss(vis, ir, fused).item() == pytest.approx((0.2 + 0.3) / 64, rel=1e-5)
+    vis[..., 3, 3], ir[..., 6, 5] = 0.1, 0.9  # the levels of a neighbour are allowed
+    assert losses.range_loss(vis, ir, fused).item() == pytest.approx(0, abs=1e-7)
+    vis[..., 3, 3], vis[..., 2, 4] = 0.3, 0.1  # those of a pixel two away are not
+    assert losses.range_loss(vis, ir, fused).item() == pytest.approx(0.2 / 64, rel=1e-5)
+
+
 def test_losses_have_finite_gradients():
     a = I0.clone().requires_grad_()
     total = losses.reconstruction_loss(I1, a) + losses.fusion_loss(I0, I1, a)["fusion"] + losses.correlation(a, I2)
@@ -169,6 +181,14 @@ def test_stage_losses_and_gradients_equal_the_published_training(system, number,
         gradients = [parameter.grad for parameter in stage.networks[name].parameters()]
         assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(wanted_norm, rel=1e-4), name
     assert set(stage.networks) == set(GRADIENT_NORMS[number])
+
+
+def test_range_weight_adds_one_term_to_stage_two_alone(system):
+    plain, first = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(Options(), "ivf")))
+    weighed, same = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(Options(range_weight=3), "ivf")))
+    assert set(weighed) == {*plain, "range"} and set(same) == set(first)
+    assert (weighed["total"] - plain["total"]).item() == pytest.approx(3 * weighed["range"].item(), rel=1e-4)
+    assert weighed["range"] > 0 and same["total"].item() == first["total"].item()
 
 
 def test_medical_stages_never_show_the_decoder_an_image(system, monkeypatch):

@@ -77,7 +77,7 @@ def test_checkpoint_from_before_there_was_a_choice_is_adams(patch_file, tmp_path
     assert run(patch_file, tmp_path / "run", "--max-minutes", "1e-6") == 75
     last = tmp_path / "run/last.pt"
     saved = read_file(last)
-    del saved["settings"]["optimizer"], saved["settings"]["muon_factor"]
+    del saved["settings"]["optimizer"], saved["settings"]["muon_factor"], saved["settings"]["range_weight"]
     save_file(last, saved)
     assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0
 

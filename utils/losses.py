@@ -194,6 +194,18 @@ def fusion_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, gradient_weight: floa
 
 
 @_full_precision
+def range_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
+    """Mean distance of the fused image from the grey levels that either source has within a pixel's distance.
+
+    Not of the paper. The gradient of `fusion_loss` is a magnitude, which a dark line in a bright area satisfies as
+    well as the edge that it stands for; such lines lie outside these levels.
+    """
+    brightest = F.max_pool2d(torch.maximum(vis, ir), 3, stride=1, padding=1)
+    darkest = -F.max_pool2d(-torch.minimum(vis, ir), 3, stride=1, padding=1)
+    return ((fused - brightest).relu() + (darkest - fused).relu()).mean()
+
+
+@_full_precision
 def multi_branch_loss(
     vis: Tensor, ir: Tensor, ir_saliency: Tensor, fused: Tensor, edge: Tensor, cross: Tensor, attention: Tensor
 ) -> dict[str, Tensor]:

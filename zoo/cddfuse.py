@@ -9,7 +9,7 @@ from torch import Tensor
 
 import net
 from utils import InputError
-from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, reconstruction_loss
+from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, range_loss, reconstruction_loss
 from utils.scores import PUBLISHED_COLUMNS
 from zoo import Batch, Stage, System, check_options, option
 
@@ -24,6 +24,8 @@ class Options:
     ssim_weight: float = option(5.0, "weight of the dissimilarity in a reconstruction loss", low=0)
     gradient_weight_1: float = option(5.0, "weight of the gradient of the visible reconstruction", low=0)
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
+    range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not of the "
+                                 "paper", low=0)  # fmt: skip
     ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
     gradient_images: str = option("vis", "reconstructions that --gradient-weight-1 is for: vis is the published code's",
                                   choices=("vis", "both"))  # fmt: skip
@@ -100,6 +102,9 @@ class CDDFuseSystem(System, net.CDDFuse):
             terms = decomposition_loss(*base.chunk(2), *detail.chunk(2))
             terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)
             terms["total"] = terms["fusion"] + options.decomposition_weight * terms["decomposition"]
+            if options.range_weight:
+                terms["range"] = range_loss(batch.vis, batch.ir, fused)
+                terms["total"] = terms["total"] + options.range_weight * terms["range"]
             return terms
 
         return [
