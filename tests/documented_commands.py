@@ -77,6 +77,14 @@ COMMANDS = {
     "python -m tools.plot_training runs/cddfuse_ivf": How(
         there=(("runs/cddfuse_ivf/log.jsonl", "models/logs/ivf_2.jsonl"),), makes=("runs/cddfuse_ivf/curves.png",)
     ),
+    "python -m tools.plot_training models/logs/ivf_1.jsonl models/logs/ivf_2.jsonl models/logs/ivf_3.jsonl "
+    "models/logs/ivf_4.jsonl models/logs/ivf_5.jsonl models/logs/ivf_6.jsonl --out docs/training_ivf.png": How(
+        makes=("docs/training_ivf.png",), says="mean gain"
+    ),
+    "python -m tools.plot_training models/logs/mif_1.jsonl models/logs/mif_2.jsonl models/logs/mif_3.jsonl "
+    "models/logs/mif_4.jsonl models/logs/mif_5.jsonl --out docs/training_mif.png": How(
+        makes=("docs/training_mif.png",), says="mean gain"
+    ),
     "python -m tools.make_panel": How(makes=("docs/samples.png",)),
     "python app.py": How(not_run=SERVES),
     "python app.py --host 0.0.0.0 --max-memory 4GB": How(not_run=SERVES),
@@ -103,6 +111,8 @@ COMMANDS = {
     "--out data/MIF.h5": How(CUT, makes=("data/MIF.h5",)),
     "python dataprocessing.py --data train/MSRS train/RoadScene --patch-size 160 --stride 160 --holdout 30 "
     "--out data/IVF_h.h5": How(CUT, makes=("data/IVF_h.h5",)),
+    "python dataprocessing.py --data train/MSRS train/RoadScene --patch-size 256 --stride 192 --holdout 30 "
+    "--out data/IVF_256.h5": How(CUT, makes=("data/IVF_256.h5",)),
     "python dataprocessing.py --data train/MSRS train/RoadScene --patch-size 160 --stride 160 --out data/IVF.h5": How(
         CUT, makes=("data/IVF.h5",)
     ),
@@ -191,6 +201,14 @@ COMMANDS = {
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --seed 5 --epoch-batches 50 "
     "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": How(
         SECOND_STAGE, (("data/IVF_h.h5", PATCHES),), IVF_RUN
+    ),
+    "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --crop 128 --batch-size 2 --seed 6 "
+    "--epoch-batches 50 --learning-rate 2e-4 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 6": How(
+        SECOND_STAGE, (("data/IVF_h.h5", PATCHES),), IVF_RUN
+    ),
+    "python train.py --data data/IVF_256.h5 --init models/CDDFuse_IVF.pth --crop 256 --batch-size 1 --seed 8 "
+    "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 4": How(
+        SECOND_STAGE, (("data/IVF_256.h5", PATCHES),), IVF_RUN
     ),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 6e-4 "
     "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": How(

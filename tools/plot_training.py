@@ -172,7 +172,6 @@ def draw(epochs: Sequence[Epoch]) -> Any:
                 axes.plot(hours, [e.held_out[name] for e in looks], styles[stage], marker=".", color=colours[run])
     losses.set_yscale("log")
     losses.set_title("total loss, training patches", fontsize=9)
-    losses.legend(fontsize=6)
     held_out.set_title("total loss, held-out pairs", fontsize=9)
     for axes, name in zip(others, PAPER_TABLE, strict=True):
         axes.set_title(f"{title_of(name)}, held-out pairs", fontsize=9)
@@ -181,6 +180,7 @@ def draw(epochs: Sequence[Epoch]) -> Any:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     figure.supxlabel("hours of training", fontsize=9)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=7)
     return figure
 
 
