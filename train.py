@@ -297,7 +297,7 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
     if pairs and due and is_first():
         with run.averaged():
             losses, metrics = validate(run.model, stage, args.task, pairs, run.options.precision)
-            panel = draw_panel(run.model, args.task, pairs)
+            panel = draw_panel(run.model, args.task, pairs, skip=stage.skip)
         line["validation"] = {"losses": losses, "metrics": metrics}
         text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
         try:

@@ -121,7 +121,9 @@ def test_mif_runs_each_weight_file_into_its_own_folder_with_its_own_skip(model, 
         ("CDDFuse_MIF.pth", None, test_MIF, "none"),  # published files say nothing; their names do
         ("CDDFuse_IVF.pth", None, test_MIF, "sum"),
         ("mine.pth", {"task": "mif"}, test_MIF, "none"),  # ours remember
-        ("mine.pth", {"task": "ivf"}, test_IVF, "vis"),
+        ("mine.pth", {"task": "ivf", "decoder_image": "auto"}, test_IVF, "vis"),
+        ("mine.pth", {"task": "ivf", "decoder_image": "none"}, test_IVF, "none"),
+        ("mine.pth", {"task": "ivf", "decoder_image": "sum"}, test_IVF, "sum"),
     ],
 )
 def test_decoder_image_is_the_one_of_the_training(model, tmp_path, capsys, name, about, script, skip):

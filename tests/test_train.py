@@ -499,6 +499,19 @@ def test_decoder_image_is_an_option(patch_file, tmp_path, monkeypatch):
     assert seen == ["vis", "none", "none"]
 
 
+def test_held_out_pairs_are_fused_with_the_decoder_image_of_the_training(tmp_path, monkeypatch):
+    seen = set()
+    fuse = CDDFuseSystem.fuse
+    watched = lambda self, vis, ir, skip: seen.add(skip) or fuse(self, vis, ir, skip)  # noqa: E731
+    monkeypatch.setattr(CDDFuseSystem, "fuse", watched)
+    with PatchWriter(tmp_path / "held.h5", 16) as writer:
+        images = np.random.default_rng(0).uniform(0, 255, (2, 6, 48, 48))
+        writer.add(*images[..., :16, :16])
+        writer.hold_out("one", *images[:, 0])
+    run(tmp_path / "held.h5", tmp_path / "run", "--decoder-image", "sum", "--epoch-batches", "1")
+    assert seen == {"sum"}
+
+
 def test_batch_too_small_for_a_system_is_found_before_training(patch_file, tmp_path, capsys):
     argv = ["--system", "fsidfusion", "--data", str(patch_file), "--out", str(tmp_path / "run"), "--batch-size", "1"]
     assert train.main([*argv, "--device", "cpu"]) == 2

@@ -247,7 +247,8 @@ def load_system(
     about = model.load_published(weights)
     # Published files say nothing about themselves; their names do.
     trained_for = about.get("task") or ("mif" if "MIF" in weights.stem.upper() else "ivf")
-    skip = skip or model.default_skip(trained_for, fusing)
+    trained_with = about.get("decoder_image", "auto")  # an option of the training, where the system has it
+    skip = skip or (model.default_skip(trained_for, fusing) if trained_with == "auto" else trained_with)
     if skip not in model.skips:
         raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
     return model, skip

@@ -39,7 +39,7 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    skip = model.default_skip(task, task)
+    skip = stage.skip or model.default_skip(task, task)
     losses, metrics = [], []
     for number, pair in enumerate(pairs):
         images = (pair.vis, pair.ir, visual_saliency(pair.ir))
@@ -60,15 +60,17 @@ def fused_levels(model: Any, pair: HeldOut, skip: str, precision: str) -> np.nda
 
 
 @torch.inference_mode()
-def draw_panel(model: Any, task: str, pairs: Sequence[HeldOut], precision: str = "float32") -> np.ndarray:
+def draw_panel(
+    model: Any, task: str, pairs: Sequence[HeldOut], precision: str = "float32", *, skip: str = ""
+) -> np.ndarray:
     """A row a pair: visible, infrared, what the system shows of its features, fused; uint8 (H, W), or (H, W, 3) where
     the system takes colour and a pair has some.
 
-    Feature maps are the mean magnitude over channels, each stretched to the full range.
+    Feature maps are the mean magnitude over channels, each stretched to the full range. `skip` as in `Stage`.
     """
     training = model.training
     model.eval()
-    skip = model.default_skip(task, task)
+    skip = skip or model.default_skip(task, task)
     rows = []
     for pair in pairs[:PANEL_PAIRS]:
         shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir).values()]

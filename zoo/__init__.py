@@ -137,6 +137,7 @@ class Stage:
             of a network that is not trained. It runs before the step, without gradient, on the batch's device.
             What it draws depends on the seed alone, (seed of the run, step, process): nothing is to be stored.
         rates: by name of a network, the factor of its learning rate, 1 where it is not named.
+        skip: what the decoder is given when held-out pairs are fused; the system's default for the task where empty.
 
     Raises:
         ValueError: the passes are not a partition of the networks, or a rate is for another network.
@@ -149,6 +150,7 @@ class Stage:
     passes: tuple[Pass, ...] = ()
     prepare: Callable[[Batch, Sequence[int]], Any] = _as_it_is
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    skip: str = ""
 
     def __post_init__(self) -> None:
         in_passes = sorted(name for part in self.passes for name in part.networks)

@@ -108,8 +108,8 @@ class CDDFuseSystem(System, net.CDDFuse):
             return terms
 
         return [
-            Stage("decomposition", options.stage1_epochs, pair_networks, decomposition_losses),
-            Stage("fusion", options.stage2_epochs, all_networks, fusion_losses),
+            Stage("decomposition", options.stage1_epochs, pair_networks, decomposition_losses, skip=skip),
+            Stage("fusion", options.stage2_epochs, all_networks, fusion_losses, skip=skip),
         ]
 
     def features(self, vis: Tensor, ir: Tensor) -> dict[str, Tensor]:
