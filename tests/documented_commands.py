@@ -85,6 +85,10 @@ COMMANDS = {
     "models/logs/mif_4.jsonl models/logs/mif_5.jsonl --out docs/training_mif.png": How(
         makes=("docs/training_mif.png",), says="mean gain"
     ),
+    "OMP_NUM_THREADS=1 python -m benchmarks.recipes --data data/IVF_128.h5 --steps 300 "
+    '--recipes "ours --warmup-steps 30 --ema 0.98 --gradient-images both"': How(
+        not_run="takes minutes; tests/test_recipes.py runs it"
+    ),
     "python -m tools.make_panel": How(makes=("docs/samples.png",)),
     "python app.py": How(not_run=SERVES),
     "python app.py --host 0.0.0.0 --max-memory 4GB": How(not_run=SERVES),
