@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from utils import InputError, run_script, whole_file
-from utils.metrics import METRICS, PAPER_TABLE
+from utils.metrics import PAPER_TABLE
 from utils.plots import new_figure, title_of
 
 LOG = "log.jsonl"
@@ -132,7 +133,7 @@ def table_of_validations(validations: Sequence[Epoch]) -> list[str]:
 
 
 def what_came(validations: Sequence[Epoch], hours: float) -> str:
-    """The change of each number of the held-out pairs over the last hours, in percent, gains positive but for the loss.
+    """The change of each number of the held-out pairs over the last hours, in percent.
 
     It is counted from the last look that lies as far back, or from the first of all.
     """
@@ -141,7 +142,7 @@ def what_came(validations: Sequence[Epoch], hours: float) -> str:
     first = as_far_back[-1] if as_far_back else validations[0]
     changes = {name: _percent(first.held_out[name], value) for name, value in last.held_out.items()}
     loss = changes.pop("loss")
-    mean = sum(changes[name] * (1 if METRICS[name].better == "higher" else -1) for name in changes) / len(changes)
+    mean = fmean(changes.values())  # higher is better in all of the table
     each = ", ".join(f"{name} {change:+.2f} %" for name, change in changes.items())
     return (
         f"held-out pairs in the last {last.hours - first.hours:.2f} hours: total loss {loss:+.2f} %; {each}; "

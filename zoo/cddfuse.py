@@ -71,7 +71,7 @@ class CDDFuseSystem(System, net.CDDFuse):
 
     def stages(self, options: Options, task: str) -> list[Stage]:
         """Decomposition, then fusion. For medical images the decoder is never given an image."""
-        skip = {"auto": "none" if task == "mif" else "vis"}.get(options.decoder_image, options.decoder_image)
+        skip = self.default_skip(task, task) if options.decoder_image == "auto" else options.decoder_image
         pair_networks = {"encoder": self.encoder, "decoder": self.decoder}
         all_networks = {**pair_networks, "base_fusion": self.base_fusion, "detail_fusion": self.detail_fusion}
 
