@@ -51,7 +51,7 @@ def weights(name: str, stand_in: str) -> tuple[tuple[str, str], ...]:
     return ((name, f"stand-ins/{stand_in}.pth"),)
 
 
-def second_stage(patches: str, makes: tuple[str, ...]) -> How:
+def stage2(patches: str, makes: tuple[str, ...]) -> How:
     """A training without stage one, on a patch file in data/."""
     return How(SECOND_STAGE, ((f"data/{patches}.h5", PATCHES),), makes)
 
@@ -208,21 +208,19 @@ COMMANDS = {
     "python train.py --data data/IVF.h5 --crop 64 --flips --epoch-batches 50 --precision bfloat16 --learning-rate 1e-3 "
     "--schedule cosine --warmup-steps 50 --stage1-epochs 8 --stage2-epochs 28": How(STAGES, IVF, IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --seed 5 --epoch-batches 50 "
-    "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": second_stage(
-        "IVF_h", IVF_RUN
-    ),
+    "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": stage2("IVF_h", IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --crop 128 --batch-size 2 --seed 6 "
-    "--epoch-batches 50 --learning-rate 2e-4 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 6": second_stage(
+    "--epoch-batches 50 --learning-rate 2e-4 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 6": stage2(
         "IVF_h", IVF_RUN
     ),
     "python train.py --data data/IVF_256.h5 --init models/CDDFuse_IVF.pth --crop 256 --batch-size 1 --seed 8 "
-    "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 4": second_stage(
+    "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 4": stage2(
         "IVF_256", IVF_RUN
     ),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 6e-4 "
-    "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": second_stage("IVF_h", IVF_RUN),
+    "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("IVF_h", IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 4e-4 "
-    "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 20": second_stage("IVF_h", IVF_RUN),
+    "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 20": stage2("IVF_h", IVF_RUN),
     "python train.py --data data/MSRS.h5": How(STAGES, MSRS, IVF_RUN),
     "python train.py --data data/MSRS.h5 --resume auto": How(
         STAGES, MSRS, IVF_RUN, says="resumed from", before=f"{STAGES} --max-minutes 0.0001"
@@ -272,11 +270,11 @@ COMMANDS = {
     ),
     "python train.py --task mif --data data/MIF.h5": How(STAGES, MIF, MIF_RUN),
     "python train.py --task mif --data data/MIF_ct2.h5 --init models/CDDFuse_MIF.pth --seed 5 --epoch-batches 50 "
-    "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": second_stage(
+    "--learning-rate 3e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": stage2(
         "MIF_ct2", MIF_RUN
     ),
     "python train.py --task mif --data data/MIF_ct3.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
-    "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 26": second_stage(
+    "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 26": stage2(
         "MIF_ct3", MIF_RUN
     ),
     "python train.py --task mif --data data/MIF.h5 --crop 64 --flips --epoch-batches 50 --precision bfloat16 "
@@ -284,13 +282,9 @@ COMMANDS = {
         STAGES, MIF, MIF_RUN
     ),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
-    "--learning-rate 6e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": second_stage(
-        "MIF_h", MIF_RUN
-    ),
+    "--learning-rate 6e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("MIF_h", MIF_RUN),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
-    "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": second_stage(
-        "MIF_h", MIF_RUN
-    ),
+    "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": stage2("MIF_h", MIF_RUN),
     "python train.py --task mif --data data/scans.h5 --init models/CDDFuse_MIF.pth --out runs/scans": How(
         STAGES, (("data/scans.h5", PATCHES),), ("runs/scans/CDDFuse_MIF.pth",)
     ),
