@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from utils import InputError, run_script, sigterm_as_ctrl_c
-from utils.inference import add_inference_options, keep_freed_memory, pick_device
+from utils.inference import add_inference_options, keep_freed_memory, pick_device, pick_precision
 from utils.metrics import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def serve(args: argparse.Namespace) -> int:
             limits=Limits(args.max_pixels),
             protocol=args.protocol,
             device=device,
-            precision=args.precision,
+            precision=pick_precision(args.precision, device),
             max_memory=args.max_memory,
             scratch=args.scratch,
         )

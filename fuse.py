@@ -33,7 +33,7 @@ from utils.images import (
     to_uint8,
     write_image,
 )
-from utils.inference import SKIP_HELP, add_inference_options, find_weights, pick_device
+from utils.inference import SKIP_HELP, add_inference_options, find_weights, pick_device, pick_precision
 from utils.monitor import feature_maps
 from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
 from utils.testing import Method, left_out, load_method
@@ -261,6 +261,7 @@ def open_folders(args: argparse.Namespace) -> PairList:
 
 def open_method(args: argparse.Namespace) -> Method:
     system, device = find_system(args.system), pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
     path = find_weights(system, args.task, args.weights)[-1]
     return load_method(path, system, device, args.skip, args.task)
 

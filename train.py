@@ -31,7 +31,7 @@ import torch
 from utils import InputError, check_writable, git_commit, run_script
 from utils.distributed import any_rank, from_first, is_first, local_device, process_group, ranks
 from utils.images import write_image
-from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device
+from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
 from utils.monitor import Curves, draw_panel, validate
 from utils.optimizers import OPTIMIZERS
 from utils.patches import PatchDataset
@@ -69,7 +69,8 @@ class Options:
     ema: float = option(0.0, "decay a step of the running average of the weights, which is what is kept; 0: none",
                         low=0, below=1)  # fmt: skip
     drop_last: bool = option(False, "leave out a last batch that is smaller than the others")
-    precision: str = option("float32", "bfloat16: autocast, with the losses in float32", choices=tuple(PRECISIONS))
+    precision: str = option("float32", "bfloat16: autocast, with the losses in float32; auto: where the device has "
+                            "instructions for it, else float32", choices=("auto", *PRECISIONS))  # fmt: skip
     seed: int = option(0, "of the first weights and of the order, crops and flips of the patches", low=0)
 
     def __post_init__(self) -> None:
@@ -177,6 +178,7 @@ def train(args: argparse.Namespace, system: type) -> int:
 def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run:
     """Everything that can be wrong is found here, before the first step and before anything is written."""
     options, system_options = take_options(args, Options), take_options(args, system.Options)
+    options = dataclasses.replace(options, precision=pick_precision(options.precision, device))
     if min(args.max_minutes, args.save_every_minutes, args.validate_every) < 0:
         raise InputError("--max-minutes, --save-every-minutes and --validate-every must be at least 0")
     if args.data is None and args.task != "ivf":

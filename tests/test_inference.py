@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.inference import operations_per_pixel
-from utils import InputError
+from utils import InputError, inference
 from utils.inference import fuse_arrays, pick_device, stretch, to_levels, to_network
 from zoo.cddfuse import CDDFuseSystem
 
@@ -50,6 +50,26 @@ def test_fused_image_has_the_size_of_the_sources_and_the_full_range(model):
 def test_too_small_images_are_refused_by_name(model):
     with pytest.raises(InputError, match="at least 2 pixels"):
         fuse_arrays(model, np.zeros((1, 9), np.float32), np.zeros((1, 9), np.float32), "vis")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_it", "wanted", "warned"),
+    [
+        ("auto", True, "bfloat16", False),
+        ("auto", False, "float32", False),
+        ("bfloat16", True, "bfloat16", False),
+        ("bfloat16", False, "bfloat16", True),
+        ("float32", False, "float32", False),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_there_are_instructions_for_it(name, has_it, wanted, warned, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "_has_bfloat16", lambda device: has_it)
+    assert inference.pick_precision(name, torch.device("cpu")) == wanted
+    assert ("float32 is much faster" in capsys.readouterr().err) == warned
+
+
+def test_whether_there_is_bfloat16_can_be_asked_of_this_processor():
+    assert isinstance(inference._has_bfloat16(torch.device("cpu")), bool)
 
 
 def test_device_is_checked_before_use():

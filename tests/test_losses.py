@@ -13,7 +13,7 @@ import torch
 
 from tests import reference_net
 from tests.conftest import formula_image, set_formula_weights
-from utils import losses
+from utils import losses, metrics
 from zoo import Batch
 from zoo.cddfuse import CDDFuseSystem, Options
 
@@ -183,12 +183,29 @@ def test_stage_losses_and_gradients_equal_the_published_training(system, number,
     assert set(stage.networks) == set(GRADIENT_NORMS[number])
 
 
-def test_range_weight_adds_one_term_to_stage_two_alone(system):
+@pytest.mark.parametrize("name", ["range", "difference", "fused_ssim"])
+def test_weight_of_an_own_term_adds_it_to_stage_two_alone(system, name):
     plain, first = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(Options(), "ivf")))
-    weighed, same = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(Options(range_weight=3), "ivf")))
-    assert set(weighed) == {*plain, "range"} and set(same) == set(first)
-    assert (weighed["total"] - plain["total"]).item() == pytest.approx(3 * weighed["range"].item(), rel=1e-4)
-    assert weighed["range"] > 0 and same["total"].item() == first["total"].item()
+    options = Options(**{f"{name}_weight": 3})
+    weighed, same = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(options, "ivf")))
+    assert set(weighed) == {*plain, name} and set(same) == set(first)
+    assert (weighed["total"] - plain["total"]).item() == pytest.approx(3 * weighed[name].item(), rel=1e-4)
+    assert weighed[name] > 0 and same["total"].item() == first["total"].item()
+
+
+def test_difference_loss_is_two_less_the_metric_scd():
+    fused = 0.6 * I0 + 0.3 * I1 + 0.1 * I0 * I1
+    pictures = (image[0, 0].double().numpy() * 255 for image in (fused, I1, I0))
+    wanted = 2 - metrics.scd(*pictures)
+    assert losses.difference_loss(I0[:1], I1[:1], fused[:1]).item() == pytest.approx(wanted, abs=1e-5)
+    assert losses.difference_loss(I0, I1, I0 + I1).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_fused_ssim_loss_is_nothing_where_all_images_are_one():
+    assert losses.fused_ssim_loss(I0, I0, I0).item() == pytest.approx(0, abs=1e-6)
+    assert losses.fused_ssim_loss(I0, I1, I0).item() == pytest.approx(
+        1 - losses.ssim_map(I0, I1).mean().item(), abs=1e-6
+    )
 
 
 def test_medical_stages_never_show_the_decoder_an_image(system, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from utils import inference
 from utils.checkpoint import read_file, save_file
 from utils.optimizers import OPTIMIZERS
 from utils.patches import PatchDataset, PatchWriter
@@ -77,7 +78,8 @@ def test_checkpoint_from_before_there_was_a_choice_is_adams(patch_file, tmp_path
     assert run(patch_file, tmp_path / "run", "--max-minutes", "1e-6") == 75
     last = tmp_path / "run/last.pt"
     saved = read_file(last)
-    del saved["settings"]["optimizer"], saved["settings"]["muon_factor"], saved["settings"]["range_weight"]
+    for name in ("optimizer", "muon_factor", "range_weight", "difference_weight", "fused_ssim_weight"):
+        del saved["settings"][name]
     save_file(last, saved)
     assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0
 
@@ -200,6 +202,13 @@ def test_init_starts_from_given_weights(patch_file, tmp_path):
 
 def test_bfloat16_trains(patch_file, tmp_path):
     assert run(patch_file, tmp_path / "run", "--precision", "bfloat16") == 0
+
+
+@pytest.mark.parametrize(("has_it", "wanted"), [(True, "bfloat16"), (False, "float32")])
+def test_automatic_precision_is_recorded_as_what_it_came_to(has_it, wanted, patch_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "_has_bfloat16", lambda device: has_it)
+    assert run(patch_file, tmp_path / "run", "--precision", "auto", "--max-minutes", "1e-6") == 75
+    assert read_file(tmp_path / "run/last.pt")["settings"]["precision"] == wanted
 
 
 def test_non_finite_loss_stops_before_the_step(patch_file, tmp_path, monkeypatch, capsys):

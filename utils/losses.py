@@ -205,6 +205,29 @@ def range_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
     return ((fused - brightest).relu() + (darkest - fused).relu()).mean()
 
 
+def difference_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
+    """2 - CC(fused - ir, vis) - CC(fused - vis, ir), in [0, 4]: what the fused image has beyond one source should be
+    what the other shows.
+
+    Not of the paper, whose fusion loss asks for the brighter source: where one is brighter everywhere, nothing of the
+    other's areas is asked for. The sum is the metric SCD of the images given (in training, of crops), so weights
+    trained with it are to be judged by the other metrics.
+
+    Source:
+        Aslantas and Bendes, "A new image quality metric for image fusion: the sum of the correlations of
+        differences", AEU Int. J. Electron. Commun. 69(12), 2015.
+    """
+    vis, ir, fused = (x.float() if x.dtype in _HALVES else x for x in (vis, ir, fused))
+    return 2 - correlation(fused - ir, vis) - correlation(fused - vis, ir)
+
+
+@_full_precision
+def fused_ssim_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
+    """Mean of (1 - SSIM(vis, fused)) + (1 - SSIM(ir, fused)), in [0, 4]. Not of the CDDFuse paper; in MLFuse, with
+    other borders, all that holds the fused image (`multi_branch_loss`)."""
+    return (2 - ssim_map(vis, fused) - ssim_map(ir, fused)).mean()
+
+
 @_full_precision
 def multi_branch_loss(
     vis: Tensor, ir: Tensor, ir_saliency: Tensor, fused: Tensor, edge: Tensor, cross: Tensor, attention: Tensor

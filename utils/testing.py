@@ -49,6 +49,7 @@ from utils.inference import (
     fuse_arrays,
     load_system,
     pick_device,
+    pick_precision,
 )
 from utils.manifests import SHOWN, list_digest, pair_digest
 from utils.metrics import PROTOCOLS, score
@@ -157,6 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[Any]) -> int:
     """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
     device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
     # Everything that can be wrong is looked at before the first image is fused.
     columns = choose_columns(args.columns) if args.columns else systems[0].columns
     if args.degrade is not None and args.degrade < 0:

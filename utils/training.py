@@ -395,8 +395,8 @@ class Run:
 
     def take_up(self, path: Path, saved: dict[str, Any], *, force: bool = False) -> None:
         """`load`, of a file's content that is at hand."""
-        once = {"optimizer": "adam", "muon_factor": 1.0, "range_weight": 0.0}  # where there was no choice
-        former = once | saved["settings"]
+        # An option that there was not yet had its default: what was done before there was a choice.
+        former = {**vars(type(self.options)()), **vars(self.model.Options()), **saved["settings"]}
         changed = [f"{key} {former.get(key)!r} -> {value!r}"
                    for key, value in self.settings.items() if former.get(key) != value]  # fmt: skip
         if changed and not force:

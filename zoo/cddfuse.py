@@ -9,7 +9,16 @@ from torch import Tensor
 
 import net
 from utils import InputError
-from utils.losses import SSIM_FORMS, decomposition_loss, fusion_loss, gradient_loss, range_loss, reconstruction_loss
+from utils.losses import (
+    SSIM_FORMS,
+    decomposition_loss,
+    difference_loss,
+    fused_ssim_loss,
+    fusion_loss,
+    gradient_loss,
+    range_loss,
+    reconstruction_loss,
+)
 from utils.scores import PUBLISHED_COLUMNS
 from zoo import Batch, Stage, System, check_options, option
 
@@ -26,6 +35,10 @@ class Options:
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
     range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not of the "
                                  "paper", low=0)  # fmt: skip
+    difference_weight: float = option(0.0, "weight of how little the fused image less one source correlates with the "
+                                      "other; not of the paper", low=0)  # fmt: skip
+    fused_ssim_weight: float = option(0.0, "weight of the dissimilarity of the fused image from both sources; not of "
+                                      "the paper", low=0)  # fmt: skip
     ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
     gradient_images: str = option("vis", "reconstructions that --gradient-weight-1 is for: vis is the published code's",
                                   choices=("vis", "both"))  # fmt: skip
@@ -52,7 +65,7 @@ class CDDFuseSystem(System, net.CDDFuse):
     recipes = {
         "ours": {
             "optimizer": "muon", "learning_rate": 1e-3, "muon_factor": 3.0, "schedule": "cosine", "warmup_steps": 100,
-            "ema": 0.998, "crop": 64, "flips": True, "precision": "bfloat16", "epoch_batches": 500, "stage1_epochs": 4,
+            "ema": 0.998, "crop": 64, "flips": True, "precision": "auto", "epoch_batches": 500, "stage1_epochs": 4,
             "stage2_epochs": 26,
         },
     }  # fmt: skip
@@ -73,6 +86,11 @@ class CDDFuseSystem(System, net.CDDFuse):
         """Decomposition, then fusion. For medical images the decoder is never given an image."""
         skip = self.default_skip(task, task) if options.decoder_image == "auto" else options.decoder_image
         pair_networks = {"encoder": self.encoder, "decoder": self.decoder}
+        own_terms = {
+            "range": (options.range_weight, range_loss),
+            "difference": (options.difference_weight, difference_loss),
+            "fused_ssim": (options.fused_ssim_weight, fused_ssim_loss),
+        }
         all_networks = {**pair_networks, "base_fusion": self.base_fusion, "detail_fusion": self.detail_fusion}
 
         def decomposition_losses(batch: Batch) -> dict[str, Tensor]:
@@ -102,9 +120,10 @@ class CDDFuseSystem(System, net.CDDFuse):
             terms = decomposition_loss(*base.chunk(2), *detail.chunk(2))
             terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)
             terms["total"] = terms["fusion"] + options.decomposition_weight * terms["decomposition"]
-            if options.range_weight:
-                terms["range"] = range_loss(batch.vis, batch.ir, fused)
-                terms["total"] = terms["total"] + options.range_weight * terms["range"]
+            for name, (weight, loss) in own_terms.items():
+                if weight:
+                    terms[name] = loss(batch.vis, batch.ir, fused)
+                    terms["total"] = terms["total"] + weight * terms[name]
             return terms
 
         return [
