@@ -125,8 +125,10 @@ def test_range_loss_is_the_distance_from_the_levels_of_both_sources_nearby():
     assert losses.range_loss(vis, ir, fused).item() == pytest.approx((0.2 + 0.3) / 64, rel=1e-5)
     vis[..., 3, 3], ir[..., 6, 5] = 0.1, 0.9  # the levels of a neighbour are allowed
     assert losses.range_loss(vis, ir, fused).item() == pytest.approx(0, abs=1e-7)
+    assert losses.range_loss(vis, ir, fused, radius=0).item() == pytest.approx((0.2 + 0.3) / 64, rel=1e-5)
     vis[..., 3, 3], vis[..., 2, 4] = 0.3, 0.1  # those of a pixel two away are not
     assert losses.range_loss(vis, ir, fused).item() == pytest.approx(0.2 / 64, rel=1e-5)
+    assert losses.range_loss(vis, ir, fused, radius=2).item() == pytest.approx(0, abs=1e-7)
 
 
 def test_losses_have_finite_gradients():

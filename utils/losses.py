@@ -194,14 +194,18 @@ def fusion_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, gradient_weight: floa
 
 
 @_full_precision
-def range_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
-    """Mean distance of the fused image from the grey levels that either source has within a pixel's distance.
+def range_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, radius: int = 1) -> Tensor:
+    """Mean distance of the fused image from the grey levels that either source has within `radius` pixels.
 
     Not of the paper. The gradient of `fusion_loss` is a magnitude, which a dark line in a bright area satisfies as
-    well as the edge that it stands for; such lines lie outside these levels.
+    well as the edge that it stands for; such lines lie outside these levels. With a radius of 0 each pixel is to lie
+    between its two sources.
     """
-    brightest = F.max_pool2d(torch.maximum(vis, ir), 3, stride=1, padding=1)
-    darkest = -F.max_pool2d(-torch.minimum(vis, ir), 3, stride=1, padding=1)
+    brightest, darkest = torch.maximum(vis, ir), torch.minimum(vis, ir)
+    if radius:
+        side = 2 * radius + 1
+        brightest = F.max_pool2d(brightest, side, stride=1, padding=radius)
+        darkest = -F.max_pool2d(-darkest, side, stride=1, padding=radius)
     return ((fused - brightest).relu() + (darkest - fused).relu()).mean()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Options:
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
     range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not of the "
                                  "paper", low=0)  # fmt: skip
+    range_radius: int = option(1, "pixels within which --range-weight looks for these levels", low=0)
     difference_weight: float = option(0.0, "weight of how little the fused image less one source correlates with the "
                                       "other; not of the paper", low=0)  # fmt: skip
     fused_ssim_weight: float = option(0.0, "weight of the dissimilarity of the fused image from both sources; not of "
@@ -87,7 +89,7 @@ class CDDFuseSystem(System, net.CDDFuse):
         skip = self.default_skip(task, task) if options.decoder_image == "auto" else options.decoder_image
         pair_networks = {"encoder": self.encoder, "decoder": self.decoder}
         own_terms = {
-            "range": (options.range_weight, range_loss),
+            "range": (options.range_weight, functools.partial(range_loss, radius=options.range_radius)),
             "difference": (options.difference_weight, difference_loss),
             "fused_ssim": (options.fused_ssim_weight, fused_ssim_loss),
         }
