@@ -83,13 +83,13 @@ COMMANDS = {
         there=(("runs/cddfuse_ivf/log.jsonl", "models/logs/ivf_2.jsonl"),), makes=("runs/cddfuse_ivf/curves.png",)
     ),
     "python -m tools.plot_training models/logs/ivf_1.jsonl models/logs/ivf_2.jsonl models/logs/ivf_3.jsonl "
-    "models/logs/ivf_4.jsonl models/logs/ivf_5.jsonl models/logs/ivf_6.jsonl --out docs/training_ivf.png": How(
+    "models/logs/ivf_4.jsonl models/logs/ivf_5.jsonl models/logs/ivf_6.jsonl "
+    "models/logs/ivf_7.jsonl models/logs/ivf_8.jsonl --out docs/training_ivf.png": How(
         makes=("docs/training_ivf.png",), says="mean gain"
     ),
     "python -m tools.plot_training models/logs/mif_1.jsonl models/logs/mif_2.jsonl models/logs/mif_3.jsonl "
-    "models/logs/mif_4.jsonl models/logs/mif_5.jsonl --out docs/training_mif.png": How(
-        makes=("docs/training_mif.png",), says="mean gain"
-    ),
+    "models/logs/mif_4.jsonl models/logs/mif_5.jsonl models/logs/mif_6.jsonl "
+    "models/logs/mif_7.jsonl --out docs/training_mif.png": How(makes=("docs/training_mif.png",), says="mean gain"),
     "OMP_NUM_THREADS=1 python -m benchmarks.recipes --data data/IVF_128.h5 --steps 300 "
     '--recipes "ours --warmup-steps 30 --ema 0.98 --gradient-images both"': How(
         not_run="takes minutes; tests/test_recipes.py runs it"
@@ -217,6 +217,14 @@ COMMANDS = {
     "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 4": stage2(
         "IVF_256", IVF_RUN
     ),
+    "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --crop 128 --batch-size 2 --seed 9 "
+    "--epoch-batches 50 --learning-rate 2e-4 --warmup-steps 20 --ema 0.96 --stage1-epochs 0 --stage2-epochs 3 "
+    "--precision float32 --difference-weight 0.1 --fused-ssim-weight 0.1": stage2("IVF_h", IVF_RUN),
+    "python train.py --data data/IVF_256.h5 --init models/CDDFuse_IVF.pth --crop 256 --batch-size 1 --seed 11 "
+    "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 10 --ema 0.97 --stage1-epochs 0 --stage2-epochs 4 "
+    "--precision float32 --difference-weight 0.12 --fused-ssim-weight 0.1 --range-weight 12 --range-radius 0": stage2(
+        "IVF_256", IVF_RUN
+    ),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 6e-4 "
     "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("IVF_h", IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 4e-4 "
@@ -280,6 +288,16 @@ COMMANDS = {
     "python train.py --task mif --data data/MIF.h5 --crop 64 --flips --epoch-batches 50 --precision bfloat16 "
     "--learning-rate 1e-3 --schedule cosine --warmup-steps 50 --stage1-epochs 6 --stage2-epochs 22": How(
         STAGES, MIF, MIF_RUN
+    ),
+    "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --crop 128 --batch-size 2 --seed 9 "
+    "--epoch-batches 50 --learning-rate 1.5e-4 --warmup-steps 20 --ema 0.97 --stage1-epochs 0 --stage2-epochs 6 "
+    "--precision float32 --difference-weight 0.1 --fused-ssim-weight 0.1 --range-weight 5 --range-radius 0": stage2(
+        "MIF_h", MIF_RUN
+    ),
+    "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --crop 128 --batch-size 2 --seed 12 "
+    "--epoch-batches 50 --learning-rate 1e-4 --warmup-steps 10 --ema 0.97 --stage1-epochs 0 --stage2-epochs 4 "
+    "--precision float32 --difference-weight 0.05 --fused-ssim-weight 0.1 --range-weight 6 --range-radius 0": stage2(
+        "MIF_h", MIF_RUN
     ),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
     "--learning-rate 6e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("MIF_h", MIF_RUN),
