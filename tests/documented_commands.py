@@ -89,7 +89,9 @@ COMMANDS = {
     ),
     "python -m tools.plot_training models/logs/mif_1.jsonl models/logs/mif_2.jsonl models/logs/mif_3.jsonl "
     "models/logs/mif_4.jsonl models/logs/mif_5.jsonl models/logs/mif_6.jsonl "
-    "models/logs/mif_7.jsonl --out docs/training_mif.png": How(makes=("docs/training_mif.png",), says="mean gain"),
+    "models/logs/mif_7.jsonl --last-hours 3 --out docs/training_mif.png": How(
+        makes=("docs/training_mif.png",), says="mean gain"
+    ),
     "OMP_NUM_THREADS=1 python -m benchmarks.recipes --data data/IVF_128.h5 --steps 300 "
     '--recipes "ours --warmup-steps 30 --ema 0.98 --gradient-images both"': How(
         not_run="takes minutes; tests/test_recipes.py runs it"
@@ -295,8 +297,8 @@ COMMANDS = {
         "MIF_h", MIF_RUN
     ),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --crop 128 --batch-size 2 --seed 12 "
-    "--epoch-batches 50 --learning-rate 1e-4 --warmup-steps 10 --ema 0.97 --stage1-epochs 0 --stage2-epochs 4 "
-    "--precision float32 --difference-weight 0.05 --fused-ssim-weight 0.1 --range-weight 6 --range-radius 0": stage2(
+    "--epoch-batches 50 --learning-rate 1e-4 --warmup-steps 10 --ema 0.97 --stage1-epochs 0 --stage2-epochs 3 "
+    "--precision float32 --difference-weight 0.12 --fused-ssim-weight 0.1 --range-weight 2 --range-radius 0": stage2(
         "MIF_h", MIF_RUN
     ),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "

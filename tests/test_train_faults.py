@@ -73,6 +73,18 @@ def test_best_weights_are_those_of_the_last_stage_that_has_epochs(patch_file, tm
     assert (tmp_path / "other" / "CDDFuse_IVF_best.pth").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "begun_again"), [("--ssim-weight", "500", True), ("--learning-rate", "1e-5", False)]
+)
+def test_best_weights_are_not_compared_with_those_of_another_loss(option, value, begun_again, patch_file, tmp_path):
+    assert run(patch_file, tmp_path / "run", "--validate-every", "1", epochs=(2, 0)) == 0
+    best = tmp_path / "run" / "CDDFuse_IVF_best.pth"
+    lowest = read_file(best)["about"]["validation_loss"]
+    options = ("--resume", "auto", "--force", "--validate-every", "1", option, value)
+    assert run(patch_file, tmp_path / "run", *options, epochs=(3, 0)) == 0
+    assert (read_file(best)["about"]["validation_loss"] > lowest) == begun_again
+
+
 def test_signals_that_come_together_are_one(monkeypatch, capsys):
     with training.Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

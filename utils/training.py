@@ -396,12 +396,14 @@ class Run:
     def take_up(self, path: Path, saved: dict[str, Any], *, force: bool = False) -> None:
         """`load`, of a file's content that is at hand."""
         # An option that there was not yet had its default: what was done before there was a choice.
-        former = {**vars(type(self.options)()), **vars(self.model.Options()), **saved["settings"]}
-        changed = [f"{key} {former.get(key)!r} -> {value!r}"
-                   for key, value in self.settings.items() if former.get(key) != value]  # fmt: skip
+        of_losses = vars(self.model.Options())
+        former = {**vars(type(self.options)()), **of_losses, **saved["settings"]}
+        changed = {key: f"{key} {former.get(key)!r} -> {value!r}"
+                   for key, value in self.settings.items() if former.get(key) != value}  # fmt: skip
+        listed = "; ".join(changed.values())
         if changed and not force:
             raise InputError(
-                f"the options differ from those of {path}: {'; '.join(changed)}; give the former ones, "
+                f"the options differ from those of {path}: {listed}; give the former ones, "
                 "or --force to go on with these"
             )
         if former["optimizer"] != self.options.optimizer:
@@ -420,15 +422,16 @@ class Run:
             if "decoupled_weight_decay" in group:  # Muon's always is
                 group["decoupled_weight_decay"] = self.options.decoupled_weight_decay
         if changed:
-            print(f"warning: options changed: {'; '.join(changed)}", file=sys.stderr)
+            print(f"warning: options changed: {listed}", file=sys.stderr)
         if self.ema and saved["ema"]:
             torch._foreach_copy_(self.ema, [value.to(self.device) for value in saved["ema"]])
         else:
             self.restart_average()
         for name in COUNTERS:
             setattr(self, name, saved[name])
-        if path.parent != self.out:
-            self.best = None  # those weights lie elsewhere
+        # The best weights may lie elsewhere, or be the best by another loss.
+        if path.parent != self.out or any(key in of_losses and not key.endswith("epochs") for key in changed):
+            self.best = None
         self.looked_at = self.step
         set_random_state(saved["random"], self.device)
         before = saved["about"]["commit"]
