@@ -65,8 +65,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """The precision of a name; "auto" is bfloat16 where the device has instructions for it, else float32.
 
-    A processor without them (AVX2 alone, say) computes bfloat16 all the same, by a fallback that takes 20 times as long
-    as float32; where it was asked for by name, a line on stderr says so.
+    A processor without them (AVX2 alone, say) computes bfloat16 all the same, by a fallback that takes 16 times as long
+    as float32 and more; where it was asked for by name, a line on stderr says so.
     """
     if name == "auto":
         return "bfloat16" if _has_bfloat16(device) else "float32"
