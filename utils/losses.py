@@ -201,14 +201,13 @@ def range_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, radius: int = 1) -> Te
     well as the edge that it stands for; such lines lie outside these levels. With a radius of 0 each pixel is to lie
     between its two sources.
     """
-    brightest, darkest = torch.maximum(vis, ir), torch.minimum(vis, ir)
-    if radius:
-        side = 2 * radius + 1
-        brightest = F.max_pool2d(brightest, side, stride=1, padding=radius)
-        darkest = -F.max_pool2d(-darkest, side, stride=1, padding=radius)
+    side = 2 * radius + 1
+    brightest = F.max_pool2d(torch.maximum(vis, ir), side, stride=1, padding=radius)
+    darkest = -F.max_pool2d(-torch.minimum(vis, ir), side, stride=1, padding=radius)
     return ((fused - brightest).relu() + (darkest - fused).relu()).mean()
 
 
+@_full_precision
 def difference_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
     """2 - CC(fused - ir, vis) - CC(fused - vis, ir), in [0, 4]: what the fused image has beyond one source should be
     what the other shows.
@@ -221,15 +220,16 @@ def difference_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
         Aslantas and Bendes, "A new image quality metric for image fusion: the sum of the correlations of
         differences", AEU Int. J. Electron. Commun. 69(12), 2015.
     """
-    vis, ir, fused = (x.float() if x.dtype in _HALVES else x for x in (vis, ir, fused))
     return 2 - correlation(fused - ir, vis) - correlation(fused - vis, ir)
 
 
 @_full_precision
-def fused_ssim_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
-    """Mean of (1 - SSIM(vis, fused)) + (1 - SSIM(ir, fused)), in [0, 4]. Not of the CDDFuse paper; in MLFuse, with
-    other borders, all that holds the fused image (`multi_branch_loss`)."""
-    return (2 - ssim_map(vis, fused) - ssim_map(ir, fused)).mean()
+def fused_ssim_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, borders: str = "reflect") -> Tensor:
+    """Mean of (1 - SSIM(vis, fused)) + (1 - SSIM(ir, fused)), in [0, 4]; borders as in `ssim_map`.
+
+    Not of the CDDFuse paper; in MLFuse all that holds the fused image (`multi_branch_loss`).
+    """
+    return (2 - (ssim_map(vis, fused, borders=borders) + ssim_map(ir, fused, borders=borders))).mean()
 
 
 @_full_precision
@@ -254,12 +254,11 @@ def multi_branch_loss(
         "MLFuse: Multi-scenario Feature Joint Learning for Multi-Modality Image Fusion".
     """
     edges, vis_edges = sobel_magnitude(torch.cat([edge, vis])).chunk(2)
-    similarity = ssim_map(vis, fused, borders="constant") + ssim_map(ir, fused, borders="constant")
     return {
         "edge": F.l1_loss(edges, vis_edges),
         "attention": F.l1_loss(ir_saliency * attention, ir_saliency * ir),
         "cross": F.mse_loss(cross, vis) + F.mse_loss(cross, ir),
-        "fusion": (2 - similarity).mean() / 20,
+        "fusion": fused_ssim_loss(vis, ir, fused, borders="constant") / 20,
     }
 
 
