@@ -107,6 +107,8 @@ def test_fusion_loss_equals_the_golden_values():
     assert terms["intensity"].item() == pytest.approx(0.24636929, rel=1e-6)
     assert terms["gradient"].item() == pytest.approx(0.38522017, rel=1e-6)
     assert terms["fusion"].item() == pytest.approx(4.0985708, rel=1e-6)
+    weighed = losses.fusion_loss(I0, I1, I2, intensity_weight=3)["fusion"] - terms["fusion"]
+    assert weighed.item() == pytest.approx(2 * terms["intensity"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("function", [losses.ssim_loss, losses.gradient_loss, losses.correlation])
@@ -193,6 +195,14 @@ def test_weight_of_an_own_term_adds_it_to_stage_two_alone(system, name):
     assert set(weighed) == {*plain, name} and set(same) == set(first)
     assert (weighed["total"] - plain["total"]).item() == pytest.approx(3 * weighed[name].item(), rel=1e-4)
     assert weighed[name] > 0 and same["total"].item() == first["total"].item()
+
+
+def test_intensity_weight_is_of_stage_two_alone(system):
+    plain, first = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(Options(), "ivf")))
+    options = Options(intensity_weight=4)
+    weighed, same = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(options, "ivf")))
+    assert (weighed["total"] - plain["total"]).item() == pytest.approx(3 * plain["intensity"].item(), rel=1e-4)
+    assert same["total"].item() == first["total"].item()
 
 
 def test_difference_loss_is_two_less_the_metric_scd():

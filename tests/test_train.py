@@ -78,7 +78,8 @@ def test_checkpoint_from_before_there_was_a_choice_is_adams(patch_file, tmp_path
     assert run(patch_file, tmp_path / "run", "--max-minutes", "1e-6") == 75
     last = tmp_path / "run/last.pt"
     saved = read_file(last)
-    for name in ("optimizer", "muon_factor", "range_weight", "difference_weight", "fused_ssim_weight"):
+    newer = "optimizer muon_factor range_weight difference_weight fused_ssim_weight intensity_weight".split()
+    for name in newer:
         del saved["settings"][name]
     save_file(last, saved)
     assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0

@@ -180,17 +180,20 @@ def reconstruction_loss(
 
 
 @_full_precision
-def fusion_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, gradient_weight: float = 10.0) -> dict[str, Tensor]:
+def fusion_loss(
+    vis: Tensor, ir: Tensor, fused: Tensor, *, intensity_weight: float = 1.0, gradient_weight: float = 10.0
+) -> dict[str, Tensor]:
     """Fused image against the brighter source and the stronger edge of each pixel.
 
     Returns:
         "intensity": mean |max(vis, ir) - fused|; "gradient": mean |max(S(vis), S(ir)) - S(fused)| with S the
-        `sobel_magnitude`; "fusion": intensity + gradient_weight * gradient.
+        `sobel_magnitude`; "fusion": intensity_weight * intensity + gradient_weight * gradient.
     """
     intensity = F.l1_loss(fused, torch.maximum(vis, ir))
     vis_edges, ir_edges, fused_edges = sobel_magnitude(torch.cat([vis, ir, fused])).chunk(3)
     gradient = F.l1_loss(fused_edges, torch.maximum(vis_edges, ir_edges))
-    return {"fusion": intensity + gradient_weight * gradient, "intensity": intensity, "gradient": gradient}
+    fusion = intensity_weight * intensity + gradient_weight * gradient
+    return {"fusion": fusion, "intensity": intensity, "gradient": gradient}
 
 
 @_full_precision

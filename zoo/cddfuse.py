@@ -33,6 +33,7 @@ class Options:
     decomposition_weight: float = option(2.0, "weight of the decomposition loss, both stages", low=0)
     ssim_weight: float = option(5.0, "weight of the dissimilarity in a reconstruction loss", low=0)
     gradient_weight_1: float = option(5.0, "weight of the gradient of the visible reconstruction", low=0)
+    intensity_weight: float = option(1.0, "weight of the intensity of the fused image", low=0)
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
     range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not of the "
                                  "paper", low=0)  # fmt: skip
@@ -120,7 +121,8 @@ class CDDFuseSystem(System, net.CDDFuse):
             base, detail, _ = self.encoder(torch.cat([batch.vis, batch.ir]))
             fused = self.decode_fused(batch.vis, batch.ir, base, detail, skip)
             terms = decomposition_loss(*base.chunk(2), *detail.chunk(2))
-            terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)
+            weights = {"intensity_weight": options.intensity_weight, "gradient_weight": options.gradient_weight_2}
+            terms |= fusion_loss(batch.vis, batch.ir, fused, **weights)
             terms["total"] = terms["fusion"] + options.decomposition_weight * terms["decomposition"]
             for name, (weight, loss) in own_terms.items():
                 if weight:
