@@ -300,7 +300,8 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
         with run.averaged():
             losses, metrics = validate(run.model, stage, args.task, pairs, run.options.precision)
             panel = draw_panel(run.model, args.task, pairs, skip=stage.skip)
-        line["validation"] = {"losses": losses, "metrics": metrics}
+        looked_at = {"losses": losses, "metrics": metrics}
+        line["validation"] = {"pairs": run.dataset.held_out_digest} | looked_at
         text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
         try:
             if stage is run.stage_of(run.epochs - 1)[0]:
@@ -309,7 +310,7 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
         except OSError as error:
             say(f"warning: {error}; training goes on", error=True)
         if curves:
-            curves.scalars(run.step, {"validation": line["validation"]})
+            curves.scalars(run.step, {"validation": looked_at})
             curves.image(run.step, "panel", panel)
     if pairs and due:
         any_rank(False, run.device)  # the others wait until the first has validated

@@ -364,6 +364,7 @@ def test_colour_patches_are_those_of_the_file_and_their_grey_is_that_of_a_grey_f
     # A system that takes no colour sees the grey file.
     as_grey = PatchDataset(tmp_path / "colour.h5")
     assert as_grey.digest == grey.digest and colour.digest != grey.digest
+    assert as_grey.held_out_digest == grey.held_out_digest != colour.held_out_digest
     np.testing.assert_array_equal(as_grey.held_out[0].vis, grey.held_out[0].vis)
     np.testing.assert_array_equal(as_grey.held_out[0].ir, colour.held_out[0].ir)
 

@@ -11,12 +11,23 @@ import pytest
 import train
 from tools import plot_training
 from utils.metrics import PAPER_TABLE
+from utils.patches import PatchDataset
 
 
-def line(epoch: int, loss: float, *, stage: str = "fusion", hours: float = 0.5, metrics: float | None = None) -> str:
+def line(
+    epoch: int,
+    loss: float,
+    *,
+    stage: str = "fusion",
+    hours: float = 0.5,
+    metrics: float | None = None,
+    pairs: str | None = None,
+) -> str:
     content = {"epoch": epoch, "stage": stage, "step": 10 * epoch, "losses": {"total": loss}, "seconds": 3600 * hours}
     if metrics is not None:
         content["validation"] = {"losses": {"total": loss}, "metrics": dict.fromkeys(PAPER_TABLE, metrics)}
+        if pairs:
+            content["validation"]["pairs"] = pairs
     return json.dumps(content) + "\n"
 
 
@@ -34,6 +45,7 @@ def test_what_train_writes_is_drawn_and_told(patch_file, tmp_path, capsys):
         f"| {log[-1]['losses']['total']:.4f} |" in out and f"| {log[-1]['validation']['metrics']['VIF']:.3f} |" in out
     )
     assert cv2.imread(str(run / "curves.png")).std() > 10
+    assert log[1]["validation"]["pairs"] == PatchDataset(patch_file).held_out_digest
 
 
 def test_the_gain_is_counted_from_so_many_hours_before_the_end_over_all_runs(tmp_path, capsys):
@@ -49,6 +61,17 @@ def test_the_gain_is_counted_from_so_many_hours_before_the_end_over_all_runs(tmp
     assert "last 2.00 hours: total loss -50.00 %" in text and "mean gain of the metrics +20.00 %" in text
     assert plot_training.main([str(first), str(second), "--out", str(out), "--last-hours", "1.2"]) == 0
     assert "last 1.50 hours: total loss -37.50 %" in capsys.readouterr().out and out.exists()
+
+
+def test_other_held_out_pairs_are_not_compared_with(tmp_path, capsys):
+    log, out = tmp_path / "log.jsonl", ["--out", str(tmp_path / "c.png")]
+    of_others = line(1, 9.0, metrics=9.0, pairs="b")
+    log.write_text(line(1, 3.0, metrics=1.0) + of_others + line(3, 2.0, metrics=1.5, pairs="a"))
+    assert plot_training.main([str(log), *out]) == 0
+    assert "last 1.00 hours: total loss -33.33 %" in capsys.readouterr().out  # since the line that names none
+    log.write_text(of_others + line(2, 2.0, metrics=1.5, pairs="a"))
+    assert plot_training.main([str(log), *out]) == 0
+    assert "fewer than two looks at the same held-out pairs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

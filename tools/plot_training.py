@@ -3,8 +3,9 @@
     python -m tools.plot_training runs/cddfuse_ivf                     # -> runs/cddfuse_ivf/curves.png
     python -m tools.plot_training runs/first runs/second --out c.png   # the second went on from the first's weights
 
-Several runs are drawn one after the other on one axis of hours, which are those spent in training steps. Held-out
-pairs must be the same in all of them for their numbers to be comparable; a log does not say which they were.
+Several runs are drawn one after the other on one axis of hours, which are those spent in training steps. What the last
+hours brought is counted over the same held-out pairs alone; a log from before train.py wrote which they were is taken
+to have the same.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Epoch:
         found = self.line.get("validation")
         return found and {"loss": found["losses"]["total"]} | {name: found["metrics"][name] for name in PAPER_TABLE}
 
+    @property
+    def pairs(self) -> str | None:
+        """Digest of the held-out pairs; None where they were not looked at, or the log does not say which they were."""
+        return self.line.get("validation", {}).get("pairs")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,11 +72,13 @@ def show(args: argparse.Namespace) -> int:
     validations = [epoch for epoch in epochs if epoch.held_out]
     if validations:
         print("\n" + "\n".join(table_of_validations(validations)))
-    if len(validations) > 1:
-        print("\n" + what_came(validations, args.last_hours))
+    alike = [epoch for epoch in validations if validations[-1].pairs in (None, epoch.pairs) or epoch.pairs is None]
+    if len(alike) > 1:
+        print("\n" + what_came(alike, args.last_hours))
     else:
         print(
-            "\nfewer than two looks at held-out pairs; see --holdout of dataprocessing.py, --validate-every of train.py"
+            "\nfewer than two looks at the same held-out pairs; "
+            "see --holdout of dataprocessing.py, --validate-every of train.py"
         )
     out = args.out or logs[-1].with_name("curves.png")
     with whole_file(out) as temporary:

@@ -233,6 +233,14 @@ class PatchDataset(Dataset):
         digest.update(self.ir.cpu().numpy().data)
         return digest.hexdigest()
 
+    @functools.cached_property
+    def held_out_digest(self) -> str:
+        """The same of the held-out pairs, whatever their names."""
+        digest = hashlib.blake2b(digest_size=6)
+        for _, vis, ir in self.held_out:
+            digest.update(f"{vis.shape}".encode() + vis.tobytes() + ir.tobytes())
+        return digest.hexdigest()
+
     def move_to(self, device: torch.device) -> None:
         """Moves all patches to a GPU where they take less than half of its free memory.
 
