@@ -63,13 +63,13 @@ def test_too_small_images_are_refused_by_name(model):
     ],
 )
 def test_bfloat16_is_chosen_only_where_there_are_instructions_for_it(name, has_it, wanted, warned, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "_has_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(inference, "has_bfloat16", lambda device: has_it)
     assert inference.pick_precision(name, torch.device("cpu")) == wanted
     assert ("float32 is much faster" in capsys.readouterr().err) == warned
 
 
 def test_whether_there_is_bfloat16_can_be_asked_of_this_processor():
-    assert isinstance(inference._has_bfloat16(torch.device("cpu")), bool)
+    assert isinstance(inference.has_bfloat16(torch.device("cpu")), bool)
 
 
 def test_device_is_checked_before_use():

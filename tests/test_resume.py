@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+from utils import training
 from utils.checkpoint import read_file
 from utils.patches import PatchWriter
 from utils.training import Run, Stop
@@ -188,12 +189,23 @@ def test_changed_options_need_force(stopped, capsys):
     assert read_file(out / "CDDFuse_IVF.pth")["about"]["learning_rate"] == 1e-3
 
 
-def test_too_little_memory_names_the_batch_size_that_fits(patch_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("enough_for", "has_bfloat16", "advice"),
+    [
+        (2, False, "--batch-size 2 fits"),
+        (0, False, "try a smaller --batch-size or --crop\n"),
+        (0, True, "try a smaller --batch-size or --crop, or --precision bfloat16\n"),
+    ],
+)
+def test_too_little_memory_names_what_would_fit(
+    enough_for, has_bfloat16, advice, patch_file, tmp_path, monkeypatch, capsys
+):
     stages = CDDFuseSystem.stages
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: has_bfloat16)
 
     def hungry(self, options, task):
         def losses(batch):
-            if len(batch.vis) > 2:
+            if len(batch.vis) > enough_for:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return first.losses(batch)
 
@@ -202,7 +214,7 @@ def test_too_little_memory_names_the_batch_size_that_fits(patch_file, tmp_path, 
 
     monkeypatch.setattr(CDDFuseSystem, "stages", hungry)
     assert train.main(arguments(patch_file, tmp_path / "run", "--batch-size", "8")) == 2
-    assert "--batch-size 2 fits" in capsys.readouterr().err
+    assert advice in capsys.readouterr().err
 
 
 def test_held_out_pairs_choose_the_best_weights_and_are_shown(patch_file, tmp_path, monkeypatch):

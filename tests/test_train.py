@@ -207,7 +207,7 @@ def test_bfloat16_trains(patch_file, tmp_path):
 
 @pytest.mark.parametrize(("has_it", "wanted"), [(True, "bfloat16"), (False, "float32")])
 def test_automatic_precision_is_recorded_as_what_it_came_to(has_it, wanted, patch_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "_has_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(inference, "has_bfloat16", lambda device: has_it)
     assert run(patch_file, tmp_path / "run", "--precision", "auto", "--max-minutes", "1e-6") == 75
     assert read_file(tmp_path / "run/last.pt")["settings"]["precision"] == wanted
 

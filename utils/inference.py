@@ -69,13 +69,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     as float32 and more; where it was asked for by name, a line on stderr says so.
     """
     if name == "auto":
-        return "bfloat16" if _has_bfloat16(device) else "float32"
-    if name == "bfloat16" and not _has_bfloat16(device):
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    if name == "bfloat16" and not has_bfloat16(device):
         print(f"warning: no instructions for bfloat16 on {device}; float32 is much faster", file=sys.stderr)
     return name
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for bfloat16; without them that is much slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:  # what PyTorch itself asks before it hands bfloat16 to oneDNN

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from utils import InputError, whole_file
 from utils.checkpoint import read_file, save_file
 from utils.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
-from utils.inference import autocast
+from utils.inference import autocast, has_bfloat16
 from utils.optimizers import Muon
 from utils.patches import Batch, PatchDataset, batches_in_epoch, random_batches
 
@@ -312,7 +312,10 @@ class Run:
             size //= 2
         if fits:
             return f"{text}; --batch-size {fits} fits"
-        return f"{text}; try a smaller --batch-size or --crop, or --precision bfloat16"
+        text += "; try a smaller --batch-size or --crop"
+        if self.options.precision == "float32" and has_bfloat16(self.device):
+            text += ", or --precision bfloat16"
+        return text
 
     # -- state -------------------------------------------------------------------------------------------------
 
