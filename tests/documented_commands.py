@@ -227,6 +227,9 @@ COMMANDS = {
     "--precision float32 --difference-weight 0.12 --fused-ssim-weight 0.1 --range-weight 12 --range-radius 0": stage2(
         "IVF_256", IVF_RUN
     ),
+    "python train.py --data data/IVF_256.h5 --init models/CDDFuse_IVF.pth --crop 192 --batch-size 1 --seed 14 "
+    "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 10 --ema 0.98 --stage1-epochs 0 --stage2-epochs 7 "
+    "--difference-weight 0.15 --fused-ssim-weight 0.2 --range-weight 8 --range-radius 0": stage2("IVF_256", IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 6e-4 "
     "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("IVF_h", IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 4e-4 "
