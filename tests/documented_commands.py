@@ -84,7 +84,7 @@ COMMANDS = {
     ),
     "python -m tools.plot_training models/logs/ivf_1.jsonl models/logs/ivf_2.jsonl models/logs/ivf_3.jsonl "
     "models/logs/ivf_4.jsonl models/logs/ivf_5.jsonl models/logs/ivf_6.jsonl "
-    "models/logs/ivf_7.jsonl models/logs/ivf_8.jsonl --out docs/training_ivf.png": How(
+    "models/logs/ivf_7.jsonl models/logs/ivf_8.jsonl models/logs/ivf_9.jsonl --out docs/training_ivf.png": How(
         makes=("docs/training_ivf.png",), says="mean gain"
     ),
     "python -m tools.plot_training models/logs/mif_1.jsonl models/logs/mif_2.jsonl models/logs/mif_3.jsonl "
