@@ -76,7 +76,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for bfloat16; without them that is much slower than float32."""
+    """Whether the device has instructions for bfloat16; without them that is much slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:  # what PyTorch itself asks before it hands bfloat16 to oneDNN

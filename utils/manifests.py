@@ -24,11 +24,11 @@ SHOWN = 12  # hexadecimal digits of a digest in tables
 
 
 def grey_digest(image: np.ndarray) -> str:
-    """SHA-256 of the size and the grey levels, (H, W): one byte a pixel if they are whole, else float32."""
+    """SHA-256 of the size and the grey levels, (H, W), or colours, (H, W, 3): one byte each if whole, else float32."""
     levels = image.astype(np.uint8)
     stored = levels if np.array_equal(levels, image) else image.astype("<f4")
-    height, width = image.shape
-    return hashlib.sha256(f"{height}x{width} {stored.dtype.itemsize}\n".encode() + stored.tobytes()).hexdigest()
+    size = "x".join(map(str, image.shape))
+    return hashlib.sha256(f"{size} {stored.dtype.itemsize}\n".encode() + stored.tobytes()).hexdigest()
 
 
 def pair_digest(vis: np.ndarray, ir: np.ndarray) -> str:

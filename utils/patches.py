@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from utils import InputError, whole_file
 from utils.images import grey_of
+from utils.manifests import SHOWN, list_digest, pair_digest
 
 LAYOUTS = ("compact", "published")
 _GROUPS = {"vis": "vis_patchs", "ir": "ir_patchs"}
@@ -235,11 +236,8 @@ class PatchDataset(Dataset):
 
     @functools.cached_property
     def held_out_digest(self) -> str:
-        """The same of the held-out pairs, whatever their names."""
-        digest = hashlib.blake2b(digest_size=6)
-        for _, vis, ir in self.held_out:
-            digest.update(f"{vis.shape}".encode() + vis.tobytes() + ir.tobytes())
-        return digest.hexdigest()
+        """The digest that tables name their images by, of the held-out pairs."""
+        return list_digest(pair_digest(pair.vis, pair.ir) for pair in self.held_out)[:SHOWN]
 
     def move_to(self, device: torch.device) -> None:
         """Moves all patches to a GPU where they take less than half of its free memory.
