@@ -35,7 +35,7 @@ from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_de
 from utils.monitor import Curves, draw_panel, validate
 from utils.optimizers import OPTIMIZERS
 from utils.patches import PatchDataset
-from utils.training import Run, Stop, say, stop_now
+from utils.training import Run, Stop, hold_folder, say, stop_now
 from zoo import SYSTEMS, TASKS, check_options, find_system, option
 
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")
@@ -152,8 +152,8 @@ def train(args: argparse.Namespace, system: type) -> int:
     keep_freed_memory()
     # SSIM is a difference of large numbers, of which ten bits leave nothing; float32 is to be float32.
     torch.backends.cudnn.allow_tf32 = False
-    with process_group(device):
-        run = prepare(args, system, device)
+    with process_group(device), contextlib.ExitStack() as held:
+        run = prepare(args, system, device, held)
         if run.epoch < run.epochs:
             with Stop(args.max_minutes - (time.monotonic() - started) / 60 if args.max_minutes else 0) as stop:
                 train_on(run, stop, args)
@@ -175,8 +175,11 @@ def train(args: argparse.Namespace, system: type) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run:
-    """Everything that can be wrong is found here, before the first step and before anything is written."""
+def prepare(args: argparse.Namespace, system: type, device: torch.device, held: contextlib.ExitStack) -> Run:
+    """Everything that can be wrong is found here, before the first step and before anything is written.
+
+    The folder of the run is ours until `held` is closed.
+    """
     options, system_options = take_options(args, Options), take_options(args, system.Options)
     options = dataclasses.replace(options, precision=pick_precision(options.precision, device))
     if min(args.max_minutes, args.save_every_minutes, args.validate_every) < 0:
@@ -198,6 +201,8 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     stages = model.stages(system_options, args.task)
     run = Run(model, stages, options, dataset, settings, facts, out, f"{system.label}_{args.task.upper()}.pth")
     run.compile = args.compile
+    # Before a checkpoint is read that another process may yet replace; a new folder comes last.
+    is_held = from_first(lambda: hold_folder(out, held))
     resumed = resume(run, args)
     if not resumed and args.init:
         model.load_published(find_weights(system, args.task, args.init)[-1])
@@ -205,6 +210,8 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device) -> Run
     if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
         raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
     check_writable(out)
+    if not is_held:
+        from_first(lambda: hold_folder(out, held))
     dataset.move_to(device)
     if is_first():
         if resumed:

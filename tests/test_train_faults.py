@@ -85,6 +85,23 @@ def test_best_weights_are_not_compared_with_those_of_another_loss(option, value,
     assert (read_file(best)["about"]["validation_loss"] > lowest) == begun_again
 
 
+@pytest.mark.parametrize("options", [[], ["--resume", "auto"]])
+def test_folder_of_a_run_is_closed_to_others_until_it_has_ended(options, patch_file, tmp_path, monkeypatch, capsys):
+    out, others = tmp_path / "run", []
+    step = training.Run.train_step
+
+    def beside(self, *args):
+        others.append(run(patch_file, out, *options))
+        step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Run, "train_step", beside)
+        assert run(patch_file, out, "--max-minutes", "1e-6") == train.EXIT_UNFINISHED
+    assert others == [2]
+    assert f"{out} is being trained by another process" in capsys.readouterr().err
+    assert run(patch_file, out, "--resume", "auto") == 0
+
+
 def test_signals_that_come_together_are_one(monkeypatch, capsys):
     with training.Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -30,6 +30,11 @@ from utils.inference import autocast, has_bfloat16
 from utils.optimizers import Muon
 from utils.patches import Batch, PatchDataset, batches_in_epoch, random_batches
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 if TYPE_CHECKING:
     from zoo import Pass, Stage
 
@@ -478,6 +483,33 @@ class Run:
                 os.replace(there[0], there[0].with_name(there[0].name + ".damaged"))
             return path
         return None
+
+
+def hold_folder(out: Path, held: contextlib.ExitStack) -> bool:
+    """Keeps other runs out of a folder until `held` is closed, or until this process is gone, however it went.
+
+    Returns:
+        False where there is no such folder, or nothing that could be locked (some network drives, Windows).
+
+    Raises:
+        InputError: another run holds it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        folder = os.open(out, os.O_RDONLY)
+    except OSError:
+        return False
+    held.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{out} is being trained by another process: wait until that has ended, or choose another --out"
+        ) from error
+    except OSError:
+        return False
+    return True
 
 
 class _PassLosses(nn.Module):
