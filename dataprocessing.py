@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, run_script
+from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
 from utils.degradation import INFRARED, VISIBLE
 from utils.degradation_panel import write_examples
 from utils.images import Pair, check_same_size, find_modalities, list_pairs, luma_of, read_colour, read_luma
@@ -130,7 +130,7 @@ def prepare(args: argparse.Namespace) -> int:
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
-        for pair in tqdm(pairs, desc="images", unit="pair", disable=None):
+        for pair in progress(pairs, "images", "pair"):
             try:
                 if pair in held_out:
                     if pair in to_hold_out:

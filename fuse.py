@@ -21,7 +21,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, listed, run_script, sigterm_as_ctrl_c, whole_file
+from utils import (
+    EXIT_BAD_INPUT,
+    InputError,
+    check_writable,
+    listed,
+    progress,
+    run_script,
+    sigterm_as_ctrl_c,
+    whole_file,
+)
 from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
 from utils.images import (
     DEEP_SUFFIXES,
@@ -287,7 +296,7 @@ def fuse_folder(session: Session, found: PairList) -> int:
     annotations = annotations_in(args.annotations) if args.annotations else {}
     done: list[dict[str, str | None]] = []
     try:
-        for pair in tqdm(found.pairs, desc=str(args.out), unit="pair", disable=None):
+        for pair in progress(found.pairs, str(args.out), "pair"):
             try:
                 target = args.out / name_in_folder(pair.vis, args)
                 vis = read_source(pair.vis)
@@ -358,7 +367,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
     """Fuses and writes every frame, prints the flicker, and returns how many frames were bad."""
     args, bad = session.args, 0
     steady, flicker = RunningRange(args.smooth * rate), Flicker()
-    for name, load in tqdm(frames, desc=str(args.out), unit="frame", total=frames.count, disable=None):
+    for name, load in progress(frames, str(args.out), "frame", frames.count):
         try:
             vis, ir = load()
             ir = session.register(vis, ir, name, check=not session.fused)

@@ -172,7 +172,7 @@ COMMANDS = {
     "python test_IVF.py --data folder --sets A B": How(says="The test result of B :"),
     "python test_IVF.py --data my_pairs": How(makes=("test_result/CDDFuse_IVF/my_pairs/1.png",)),
     "python test_IVF.py --data my_pairs --max-memory 2GB": How(says="2 pairs"),
-    "python test_IVF.py --data my_pairs --weights runs/mine/CDDFuse_IVF.pth": How(
+    "python test_IVF.py --data other_pairs --weights runs/mine/CDDFuse_IVF.pth --out test_result/mine": How(
         there=(("runs/mine/CDDFuse_IVF.pth", "models/CDDFuse_IVF.pth"),), says="runs/mine/CDDFuse_IVF.pth"
     ),
     "python test_IVF.py --data test_img/Sample_IVF --colour": How(
@@ -193,8 +193,9 @@ COMMANDS = {
     "python test_IVF.py --weights published": How(
         there=PUBLISHED, makes=("test_result/CDDFuse_IVF_published/TNO/1.png",)
     ),
-    "python test_IVF.py --weights runs/cddfuse_ivf/CDDFuse_IVF.pth": How(
-        there=(("runs/cddfuse_ivf/CDDFuse_IVF.pth", "models/CDDFuse_IVF.pth"),), makes=RESULT
+    "python test_IVF.py --weights runs/cddfuse_ivf/CDDFuse_IVF.pth --out test_result/mine": How(
+        there=(("runs/cddfuse_ivf/CDDFuse_IVF.pth", "models/CDDFuse_IVF.pth"),),
+        makes=("test_result/mine/CDDFuse_IVF/TNO/metrics.json",),
     ),
     "python test_MIF.py": How(makes=("test_result/CDDFuse_MIF/MRI_SPECT/1.png",), says="CDDFuse_IVF"),
     "python test_MIF.py --data flat_scans --pairs flat --stems mri ct": How(says="The test result of flat_scans :"),
@@ -238,8 +239,9 @@ COMMANDS = {
     "python train.py --data data/MSRS.h5 --resume auto": How(
         STAGES, MSRS, IVF_RUN, says="resumed from", before=f"{STAGES} --max-minutes 0.0001"
     ),
-    "python train.py --data data/mine.h5 --init models/CDDFuse_IVF.pth --out runs/mine": How(
-        STAGES, (("data/mine.h5", PATCHES),), ("runs/mine/CDDFuse_IVF.pth",)
+    "python train.py --data data/mine.h5 --init models/CDDFuse_IVF.pth --out runs/mine --crop 128 --batch-size 2 "
+    "--epoch-batches 50 --learning-rate 2e-4 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 --stage2-epochs 6": How(
+        SECOND_STAGE, (("data/mine.h5", PATCHES),), ("runs/mine/CDDFuse_IVF.pth",)
     ),
     "python train.py --system fsidfusion --data data/joint_s.h5 --crop 64 --flips --precision bfloat16 "
     "--schedule cosine --learning-rate 1e-3 --warmup-steps 50 --ema 0.99 --epoch-batches 50 --stage1-epochs 6 "
@@ -308,9 +310,9 @@ COMMANDS = {
     "--learning-rate 6e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("MIF_h", MIF_RUN),
     "python train.py --task mif --data data/MIF_h.h5 --init models/CDDFuse_MIF.pth --epoch-batches 50 "
     "--learning-rate 4e-4 --warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 24": stage2("MIF_h", MIF_RUN),
-    "python train.py --task mif --data data/scans.h5 --init models/CDDFuse_MIF.pth --out runs/scans": How(
-        STAGES, (("data/scans.h5", PATCHES),), ("runs/scans/CDDFuse_MIF.pth",)
-    ),
+    "python train.py --task mif --data data/scans.h5 --init models/CDDFuse_MIF.pth --out runs/scans --crop 128 "
+    "--batch-size 2 --epoch-batches 50 --learning-rate 2e-4 --warmup-steps 20 --ema 0.98 --stage1-epochs 0 "
+    "--stage2-epochs 6": How(SECOND_STAGE, (("data/scans.h5", PATCHES),), ("runs/scans/CDDFuse_MIF.pth",)),
     "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py "
     "--data data/MSRS.h5": How(not_run=PROCESSES),
     "torchrun --nproc-per-node=4 train.py --data data/MSRS.h5": How(not_run=PROCESSES),

@@ -17,6 +17,7 @@ import dataprocessing
 import test_IVF
 import test_MIF
 import train
+import utils
 from tests.conftest import write_pair
 from utils import ROOT
 from utils.checkpoint import save_checkpoint
@@ -113,6 +114,30 @@ def test_mif_runs_each_weight_file_into_its_own_folder_with_its_own_skip(model, 
         for stem in ("CDDFuse_IVF", "CDDFuse_MIF")
     }
     assert skips == {"CDDFuse_IVF": "sum", "CDDFuse_MIF": "none"}
+
+
+def test_results_of_other_weights_are_not_replaced_without_a_word(infrared, weights, model, tmp_path, capsys):
+    options = ("--data", infrared, "--out", tmp_path / "out", "--weights")
+    assert run(test_IVF, capsys, *options, weights)[2] == run(test_IVF, capsys, *options, weights)[2] == ""
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / weights.name, model, {"task": "ivf", "seed": 1})
+    err = run(test_IVF, capsys, *options, tmp_path / "run" / weights.name)[2]
+    assert err.count("\n") == 1 and f"had the results of other weights, {weights}; --out" in err
+
+
+def test_medical_weights_on_infrared_images_are_a_note(infrared, model, tmp_path, capsys):
+    save_checkpoint(tmp_path / "mine.pth", model, {"task": "mif"})
+    code, _, err = run(test_IVF, capsys, "--data", infrared, "--weights", tmp_path / "mine.pth", "--out", tmp_path)
+    assert code == 0 and "mine.pth are for medical images" in err
+
+
+def test_log_file_has_a_line_of_progress_now_and_then(monkeypatch, capsys):
+    assert list(utils.progress(range(3), "TNO", "pair")) == [0, 1, 2] and not capsys.readouterr().err
+    monkeypatch.setattr(utils, "SECONDS_BETWEEN_LINES", -1)
+    assert list(utils.progress(range(3), "TNO", "pair")) == [0, 1, 2]
+    assert capsys.readouterr().err.splitlines()[1] == "TNO: 2 of 3 pairs"
+    list(utils.progress(iter("ab"), "film", "frame"))
+    assert capsys.readouterr().err.splitlines() == [f"film: {n} of an unknown number of frames" for n in (1, 2)]
 
 
 @pytest.mark.parametrize(

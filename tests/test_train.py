@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from utils import inference
+from utils import inference, training
 from utils.checkpoint import read_file, save_file
 from utils.optimizers import OPTIMIZERS
 from utils.patches import PatchDataset, PatchWriter
@@ -102,6 +102,12 @@ def test_log_has_a_line_an_epoch_with_every_term(patch_file, tmp_path):
     assert set(first["losses"]) == terms | {"reconstruction_vis", "reconstruction_ir", "gradient_vis"}
     assert set(second["losses"]) == terms | {"fusion", "intensity", "gradient"}
     assert first["step"] == 2 and first["patches_per_second"] > 0
+
+
+def test_output_to_a_file_has_a_line_of_progress_now_and_then(patch_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_LINES", -1)
+    run(patch_file, tmp_path / "run")
+    assert "decomposition 1/1: 1 of 2 batches, total loss " in capsys.readouterr().out
 
 
 def test_stage_one_leaves_the_fusion_layers_alone_and_stage_two_does_not(patch_file, tmp_path):
@@ -254,6 +260,7 @@ def error_of(capsys):
         (["--stage1-epochs", "0", "--stage2-epochs", "0"], "both 0"),
         (["--max-minutes", "-1"], "at least 0"),
         (["--ema", "1"], "--ema must be less than 1"),
+        (["--data", "."], "python dataprocessing.py --data . --out data/mine.h5"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(patch_file, tmp_path, capsys, options, message):

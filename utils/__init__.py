@@ -11,13 +11,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 DATA_VARIABLE = "FUSION_DATA"
+SECONDS_BETWEEN_LINES = 60  # of progress, where it goes to a log file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +31,30 @@ def in_checkout(*parts: str) -> Path:
     """A path in this checkout, relative where the script is run from there, so that messages stay short."""
     path = ROOT.joinpath(*parts)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def progress(items: Iterable[T], name: str, unit: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on a terminal; in a log file with a line a minute, so that it does not seem stuck.
+
+    Args:
+        items: what is worked on.
+        name: what is shown before the count.
+        unit: one of the items, in the singular.
+        total: how many there are, where they cannot be asked.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # here, because the doctor says what to do where it is missing
+
+        yield from tqdm(items, desc=name, unit=unit, total=total)
+        return
+    told = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            print(f"{name}: {number} of {total or 'an unknown number of'} {unit}s", file=sys.stderr, flush=True)
+            told = time.monotonic()
 
 
 class InputError(ValueError):

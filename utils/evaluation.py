@@ -19,10 +19,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 import utils.more_metrics  # noqa: F401  registers its metrics
-from utils import InputError, listed
+from utils import InputError, listed, progress
 from utils.images import Pair, PairList, list_pairs, read_grey, to_uint8
 from utils.manifests import list_digest, pair_digest
 from utils.metrics import METRICS, score
@@ -111,7 +110,7 @@ def evaluate(
               protocols, metrics)
         for pair in found.pairs
     ]  # fmt: skip
-    results = list(tqdm(_run(tasks, jobs, scorer), total=len(tasks), unit="pair", disable=None))
+    results = list(progress(_run(tasks, jobs, scorer), "scores", "pair", len(tasks)))
     problems += [problem for result in results for problem in result.problems]
     for key in metrics:
         small = [result.name for result in results if key in result.too_small_for]

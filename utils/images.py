@@ -355,6 +355,11 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
     )
 
 
+def known_modalities() -> str:
+    """The pairs of sub-folders that a data set may have, for a message."""
+    return ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
+
+
 def modalities_in(folder: Path) -> list[tuple[Path, Path]]:
     """Every known combination of sub-folders that a folder holds, visible or MRI first."""
     both = [(folder / vis, folder / ir) for vis, ir in MODALITIES]
@@ -373,8 +378,7 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
         raise FileNotFoundError(f"no folder at {folder}")
     found = modalities_in(folder)
     if not found:
-        known = ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
-        raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known}")
+        raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known_modalities()}")
     if len(found) > 1:
         several = "; ".join(f"{vis.name}/ with {ir.name}/" for vis, ir in found)
         raise InputError(f"{folder} holds more than one set ({several}); give each a folder of its own")

@@ -272,6 +272,8 @@ def load_system(
     trained_for = about.get("task") or ("mif" if "MIF" in weights.stem.upper() else "ivf")
     trained_with = about.get("decoder_image", "auto")  # an option of the training, where the system has it
     skip = skip or (model.default_skip(trained_for, fusing) if trained_with == "auto" else trained_with)
+    if (trained_for, fusing) == ("mif", "ivf"):  # the other way round is a row of the published tables
+        print(f"note: {weights} are for medical images; infrared and visible ones need others", file=sys.stderr)
     if skip not in model.skips:
         raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
     return model, skip

@@ -187,6 +187,11 @@ class PatchDataset(Dataset):
 
     def __init__(self, path: Path | str, *, colour: bool = False) -> None:
         path = Path(path)
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder, and training needs a patch file of it; make one with "
+                f"`python dataprocessing.py --data {path} --out data/mine.h5`, and train with --data data/mine.h5"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"no patch file at {path}; make one with `python dataprocessing.py --out {path}`")
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import InputError, benchmark_root, in_checkout
-from utils.images import PairList, find_modalities, list_flat_pairs, list_pairs, modalities_in
+from utils.images import PairList, find_modalities, known_modalities, list_flat_pairs, list_pairs, modalities_in
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
         return [open_set(root / name) for name in args.sets]
     present = [name for name in benchmark.sets if (root / name).is_dir()]
     if not present and args.data:
-        raise FileNotFoundError(f"{root} holds none of {', '.join(benchmark.sets)}; name its folders with --sets")
+        raise FileNotFoundError(
+            f"{root} holds none of {', '.join(benchmark.sets)}, and no two folders of images, one of: "
+            f"{known_modalities()}; name the folders of other sets in it with --sets"
+        )
     absent = ", ".join(name for name in benchmark.sets if name not in present)
     if absent:
         shown = "" if present else "; the bundled samples are shown instead"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import sys
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from utils import (
     file_sha256,
     git_commit,
     in_checkout,
+    progress,
 )
 from utils.degradation import degrade_pair
 from utils.evaluation import BASELINES, baseline_labels
@@ -181,6 +183,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
             # Damaged sources have a folder of their own: they do not take the place of the others.
             damaged = "" if args.degrade is None else f"_degraded_{args.degrade}"
             folder = args.out / method.stem / f"{test_set.name}{damaged}"
+            say_whose_place_is_taken(folder, method)
             started = time.perf_counter()
             sheet = fuse_set(method, test_set, folder, args)
             incomplete |= len(sheet.images) < len(test_set.found.pairs)
@@ -249,6 +252,17 @@ def load_method(path: Path, system: type, device: torch.device, skip: str | None
     return Method(model, path, model.row_label(task, path.stem), skip, sha256)
 
 
+def say_whose_place_is_taken(folder: Path, method: Method) -> None:
+    """Weights of a run have the name of ours, and so have their results."""
+    try:
+        before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        weights, sha256 = before["weights"], before["weights_sha256"]
+    except (OSError, ValueError, KeyError):
+        return
+    if sha256 != method.sha256:
+        print(f"note: {folder} had the results of other weights, {weights}; --out DIR keeps both", file=sys.stderr)
+
+
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
     """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out.
 
@@ -276,7 +290,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pairs = tqdm(list(enumerate(test_set.found.pairs)), desc=description, unit="pair", disable=None)
+        pairs = progress(list(enumerate(test_set.found.pairs)), description, "pair")
         finishing: deque[Future[None]] = deque()
 
         def read(number: int, pair: Pair) -> Given:
@@ -353,7 +367,7 @@ def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreS
     """Scores of the sources and their average taken for fused images: what a method must beat."""
     labels = baseline_labels(test_set.vis_name, test_set.ir_name)
     sheets: dict[str, dict[str, dict[str, float]]] = {name: {} for name in labels}
-    for pair in tqdm(test_set.found.pairs, desc=f"{test_set.name}, baselines", unit="pair", disable=None):
+    for pair in progress(test_set.found.pairs, f"{test_set.name}, baselines", "pair"):
         try:
             vis, ir = pair.read()
             scores = {name: score(BASELINES[kind](vis, ir), ir, vis, protocol) for name, kind in labels.items()}

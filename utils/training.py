@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils import InputError, whole_file
+from utils import SECONDS_BETWEEN_LINES, InputError, whole_file
 from utils.checkpoint import read_file, save_file
 from utils.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
 from utils.inference import autocast, has_bfloat16
@@ -155,7 +155,7 @@ class Run:
         hide = None if is_first() else True
         with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide,
                   file=_Patient(sys.stderr)) as bar:  # fmt: skip
-            since = time.perf_counter()
+            since = told = time.perf_counter()
             for batch in batches:
                 self.train_step(stage, losses, batch.to(self.device))
                 bar.update()
@@ -168,7 +168,11 @@ class Run:
                 self.seconds += now - since
                 seen["patches_per_second"] = (self.sums[""] - patches) * ranks() / (now - since)
                 since = now
-                bar.set_postfix(loss=f"{seen['losses']['total']:.4f}", refresh=False)
+                loss = f"{seen['losses']['total']:.4f}"
+                bar.set_postfix(loss=loss, refresh=False)
+                if bar.disable and is_first() and now - told > SECONDS_BETWEEN_LINES:  # a log file, not a terminal
+                    say(f"{title}: {self.batch} of {self.epoch_batches} batches, total loss {loss}")
+                    told = now
                 yield seen
                 since = time.perf_counter()
         self.finish_epoch()
