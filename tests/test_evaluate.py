@@ -268,6 +268,14 @@ def test_per_image_file_holds_every_value(scene, capsys):
     assert next(row for row in rows if row["method"] == "vi only")["SCD"] == ""
 
 
+def test_images_of_another_list_are_named_as_such(scene, capsys):
+    for name in NAMES[:2]:
+        write_grey(scene / "Maximum" / f"{name}.bmp", np.zeros((50, 60)))
+    code, _, err = run(capsys, "--data", scene / "SMALL", "--fused", scene / "Maximum", scene / "Mixture")
+    assert code == 2 and "Maximum: 2 of 3 images have not the size of the sources" in err and "manifests/" in err
+    assert "Mixture: " not in err
+
+
 def test_results_are_added_and_replaced_but_never_mixed(scene, capsys):
     path = scene / "results.csv"
     common = ("--data", scene / "SMALL", "--results", path)

@@ -68,6 +68,7 @@ class _Result:
     scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (method, protocol) -> metrics
     problems: list[str] = field(default_factory=list)
     too_small_for: list[str] = field(default_factory=list)
+    other_size: list[str] = field(default_factory=list)  # methods whose image has not the size of the sources
 
 
 def evaluate(
@@ -116,6 +117,14 @@ def evaluate(
         small = [result.name for result in results if key in result.too_small_for]
         if small:
             notes.append(f"{key} needs sides of {METRICS[key].min_side} pixels; no value for {listed(small)}")
+
+    for method in methods:
+        others = sum(method in result.other_size for result in results)
+        if 2 * others > len(results) > 1:
+            notes.append(
+                f"{method}: {others} of {len(results)} images have not the size of the sources of that name; are they "
+                "of another list of this set? The images that are meant are listed in manifests/"
+            )
 
     digests = {result.name: result.digest for result in results}
     rows = []
@@ -193,6 +202,7 @@ def _score_pair(task: _Task, scorer: Scorer) -> _Result:
         try:
             fused = image()
             if fused.shape != vis.shape:
+                result.other_size.append(method)
                 sizes = [f"{shape[1]}x{shape[0]}" for shape in (fused.shape, vis.shape)]
                 raise InputError(
                     f"{task.fused[method]} is {sizes[0]} but its sources are {sizes[1]} (width x height); "
