@@ -76,6 +76,11 @@ class Workspace:
         """Called whenever a row of pieces has been worked on."""
 
 
+def fetched(whole: Tensor) -> Tensor:
+    """A small map, or numbers made of a large one, where they are worked on; see `Workspace`."""
+    return _current().workspace.fetch(whole)
+
+
 class _Setting(NamedTuple):
     pixels: int
     workspace: Workspace
@@ -691,7 +696,7 @@ class Restormer_Decoder(nn.Module):
     def decode(self, image: Tensor | None, reduced: Tensor, into: Tensor | None = None) -> Tensor:
         """Reduced feature (B, 64, H, W) -> fused (B, 1, H, W); in strips `into`, maybe `reduced`, is written over."""
         residual = strip_by_strip(self.output, in_turn(self.encoder_level2, reduced, into), halo=2)
-        residual = _at_least_float32(residual)
+        residual = _at_least_float32(fetched(residual))
         return torch.sigmoid(residual if image is None else residual + image)
 
 

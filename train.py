@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from utils import InputError, check_writable, git_commit, run_script
-from utils.distributed import any_rank, from_first, is_first, local_device, process_group, ranks
+from utils.distributed import any_rank, from_first, is_first, process_group, ranks
 from utils.images import write_image
 from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
 from utils.monitor import Curves, draw_panel, validate
@@ -148,10 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, system: type) -> int:
     started = time.monotonic()
-    device = local_device(pick_device(args.device))
+    device = pick_device(args.device)
     keep_freed_memory()
-    # SSIM is a difference of large numbers, of which ten bits leave nothing; float32 is to be float32.
-    torch.backends.cudnn.allow_tf32 = False
     with process_group(device), contextlib.ExitStack() as held:
         run = prepare(args, system, device, held)
         if run.epoch < run.epochs:

@@ -79,6 +79,20 @@ def test_device_is_checked_before_use():
         pick_device("nonsense")
 
 
+def test_each_process_asks_its_own_gpu_alone(monkeypatch):
+    asked, make = [], torch.zeros
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: asked.append(device) or make(*size))
+    assert pick_device("cuda") == torch.device("cuda:3") and asked == [torch.device("cuda:3")]
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_float32_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_operations_of_the_benchmark_are_those_that_torch_counts(model):
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

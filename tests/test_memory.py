@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import net
 from utils import InputError, memory
@@ -151,13 +153,14 @@ def test_sizes_are_printed_in_one_unit():
 
 
 class Elsewhere(net.Workspace):
-    """Maps lie where no layer can use them, as in host memory for a GPU; here, in another precision."""
+    """Some maps lie where no layer can use them, as in host memory for a GPU; here, in another precision."""
 
-    made = False
+    def __init__(self, every=1):
+        self.every, self.made = every, 0
 
     def new_map(self, shape, like):
-        self.made = True
-        return super().new_map(shape, like.double())
+        self.made += 1
+        return super().new_map(shape, like if self.made % self.every else like.double())
 
     def spare_map(self, shape, like):
         return None
@@ -166,18 +169,31 @@ class Elsewhere(net.Workspace):
         return piece.float()
 
 
+class NoMixing(TorchFunctionMode):
+    """Refuses operations on maps here and elsewhere, as a GPU does. Pieces may be written to either."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not torch.Tensor.__setitem__ and function is not torch.Tensor.copy_:
+            found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim == 4]
+            assert len({x.dtype for x in found}) < 2, function
+        return function(*args, **kwargs)
+
+
+# Both images together are more than a piece, which the encoder cuts. One image, which the decoder sees, is one piece in
+# the first case, and more in the others.
+@pytest.mark.parametrize(("pieces", "every"), [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("system", ["cddfuse", "fsidfusion", "mlfuse"])
-def test_map_elsewhere_is_fetched_where_the_whole_image_is_one_piece(system):
+def test_map_elsewhere_is_fetched_before_it_is_used(system, pieces, every):
     torch.manual_seed(0)
     model = find_system(system)().eval()
     height, width = 40, 48
     vis, ir = torch.from_numpy(pair(height, width) / 255)[:, None, None]
     skip = model.default_skip("ivf", "ivf")
-    workspace = Elsewhere()
-    # Both images together are more than a piece, which the encoder cuts; one image, which the decoder sees, is one.
+    workspace = Elsewhere(every)
     with torch.inference_mode():
         wanted = model.fuse(vis, ir, skip)
-        with net.strips(height * width, workspace):
+        with net.strips(height * width // pieces, workspace), NoMixing():
             fused = model.fuse(vis, ir, skip)
-    assert workspace.made or system == "mlfuse"
+    assert workspace.made >= every or system == "mlfuse"
     torch.testing.assert_close(fused, wanted, rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import net
 from utils import InputError, file_sha256, in_checkout
+from utils.distributed import local_device
 from utils.memory import (
     CPU_PIECE_PIXELS,
     BoundedWorkspace,
@@ -46,15 +47,19 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name; "auto" is CUDA where torch can use it, else the CPU.
+    """The device of a name; "auto" is CUDA where torch can use it, else the CPU. For scripts.
+
+    Each of several processes that torchrun started has its own GPU. Convolutions in float32 are float32 from then on:
+    PyTorch leaves them ten bits on a GPU, and of a difference of large numbers, as in SSIM, nothing would be left.
 
     Raises:
         InputError: unknown name, or a device that torch cannot use here.
     """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        device = torch.device(name)
+        device = local_device(torch.device(name))  # first: a process that asks another's GPU takes memory there
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -78,7 +83,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16; without them that is much slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # or else it is asked of the first one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     try:  # what PyTorch itself asks before it hands bfloat16 to oneDNN
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except AttributeError:  # built without oneDNN

@@ -77,7 +77,7 @@ class AttentionalFusion(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """(B, C, H, W) twice -> the same shape."""
         # The mean of the sum, of which there is never more than a strip; the pooling that follows finds one pixel.
-        mean = a.mean(dim=(2, 3), keepdim=True) + b.mean(dim=(2, 3), keepdim=True)
+        mean = net.fetched(a.mean(dim=(2, 3), keepdim=True)) + net.fetched(b.mean(dim=(2, 3), keepdim=True))
         image_wide = self.global_att(mean)
 
         def blend(a: Tensor, b: Tensor) -> Tensor:
@@ -206,7 +206,8 @@ class FSIDFusion(System, nn.Module):
     def decode_fused(self, vis: Tensor, ir: Tensor, features: PairFeatures, skip: str = "vis") -> Tensor:
         """The second half of `fuse`."""
         image = net.decoder_image(vis, ir, skip)
-        detail = self.specific_fusion(features.detail_vis + features.detail_ir)
+        detail = net.strip_by_strip(torch.add, features.detail_vis, features.detail_ir, halo=0)
+        detail = self.specific_fusion(detail)
         return self.decoder(image, features.shared, detail)[0]
 
     @staticmethod
