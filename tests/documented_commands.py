@@ -84,9 +84,8 @@ COMMANDS = {
     ),
     "python -m tools.plot_training models/logs/ivf_1.jsonl models/logs/ivf_2.jsonl models/logs/ivf_3.jsonl "
     "models/logs/ivf_4.jsonl models/logs/ivf_5.jsonl models/logs/ivf_6.jsonl "
-    "models/logs/ivf_7.jsonl models/logs/ivf_8.jsonl models/logs/ivf_9.jsonl --out docs/training_ivf.png": How(
-        makes=("docs/training_ivf.png",), says="mean gain"
-    ),
+    "models/logs/ivf_7.jsonl models/logs/ivf_8.jsonl models/logs/ivf_9.jsonl "
+    "models/logs/ivf_10.jsonl --out docs/training_ivf.png": How(makes=("docs/training_ivf.png",), says="mean gain"),
     "python -m tools.plot_training models/logs/mif_1.jsonl models/logs/mif_2.jsonl models/logs/mif_3.jsonl "
     "models/logs/mif_4.jsonl models/logs/mif_5.jsonl models/logs/mif_6.jsonl "
     "models/logs/mif_7.jsonl --last-hours 3 --out docs/training_mif.png": How(
@@ -230,6 +229,9 @@ COMMANDS = {
     ),
     "python train.py --data data/IVF_256.h5 --init models/CDDFuse_IVF.pth --crop 192 --batch-size 1 --seed 14 "
     "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 10 --ema 0.98 --stage1-epochs 0 --stage2-epochs 7 "
+    "--difference-weight 0.15 --fused-ssim-weight 0.2 --range-weight 8 --range-radius 0": stage2("IVF_256", IVF_RUN),
+    "python train.py --data data/IVF_256.h5 --init models/CDDFuse_IVF.pth --crop 192 --batch-size 1 --seed 15 "
+    "--epoch-batches 50 --learning-rate 5e-5 --warmup-steps 10 --ema 0.98 --stage1-epochs 0 --stage2-epochs 8 "
     "--difference-weight 0.15 --fused-ssim-weight 0.2 --range-weight 8 --range-radius 0": stage2("IVF_256", IVF_RUN),
     "python train.py --data data/IVF_h.h5 --init models/CDDFuse_IVF.pth --epoch-batches 50 --learning-rate 6e-4 "
     "--warmup-steps 50 --ema 0.99 --stage1-epochs 0 --stage2-epochs 22": stage2("IVF_h", IVF_RUN),
