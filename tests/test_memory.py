@@ -20,6 +20,7 @@ import net
 from utils import InputError, memory
 from utils.inference import fuse_arrays, run_plan
 from utils.memory import BoundedWorkspace, Plan, format_size, parse_size, plan_memory
+from utils.monitor import feature_maps
 from zoo import find_system
 from zoo.cddfuse import CDDFuseSystem
 
@@ -146,6 +147,29 @@ def test_out_of_memory_on_the_device_is_tried_again_with_half_and_said(model, mo
     np.testing.assert_allclose(got, wanted, rtol=0, atol=255e-5)
     assert seen[0] > seen[1] > seen[2]
     assert capsys.readouterr().err.count("out of memory on cpu; trying again with") == 2
+
+
+def test_out_of_memory_is_not_tried_again_where_smaller_pieces_do_not_help(monkeypatch):
+    model = find_system("tsdm")().eval()
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "fuse", fails)
+    with pytest.raises(InputError, match="no memory for one of 30x24 pixels .*--device cpu"):
+        fuse_arrays(model, *pair(24, 30), model.default_skip("ivf", "ivf"))
+    assert len(calls) == 1
+
+
+def test_features_that_do_not_fit_are_not_drawn_and_that_is_said(model, monkeypatch, capsys):
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert len(feature_maps(model, *pair(24, 30))) == 4
+    monkeypatch.setattr(model, "features", fails)
+    assert feature_maps(model, *pair(24, 30)) == {} and "no memory for the features" in capsys.readouterr().err
 
 
 def test_sizes_are_printed_in_one_unit():

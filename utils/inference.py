@@ -183,7 +183,12 @@ def fuse_arrays(
         workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
         try:
             return run_plan(model, vis, ir, skip, plan, workspace, normalise=normalise, precision=precision)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if not model.works_in_pieces:
+                raise InputError(
+                    f"{model.label} works on whole images, and {device} has no memory for one of "
+                    f"{ir.shape[1]}x{ir.shape[0]} pixels (width x height); make it smaller, or try --device cpu"
+                ) from error
             free //= 2  # and again below, where the exception and all that its frames hold are gone
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -207,7 +212,6 @@ def plan_for(model: Any, shape: tuple[int, ...], free: int, device: torch.device
         free=free,
         kind=device.type,
         element_size=PRECISIONS[precision].itemsize,
-        most_pixels=getattr(model, "piece_pixels", None),
     )
 
 

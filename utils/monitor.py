@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ import net
 from utils.distributed import alone
 from utils.images import grey_of, one_below_another, side_by_side, to_uint8
 from utils.inference import autocast, fuse_arrays, to_network
-from utils.memory import CPU_PIECE_PIXELS
+from utils.memory import CPU_PIECE_PIXELS, CUDA_PIECE_PIXELS
 from utils.metrics import PAPER_TABLE, score
 from utils.patches import Batch, HeldOut
 from utils.saliency import visual_saliency
@@ -89,12 +90,17 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.nd
 
     Returns:
         By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, stretched to the full range.
+        Nothing, and a line on stderr, where a GPU has no memory for them.
     """
     if not hasattr(model, "features"):
         return {}
     device = next(model.parameters()).device
-    with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else 0):
-        maps = model.features(to_network(vis, device), to_network(ir, device))
+    try:
+        with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else CUDA_PIECE_PIXELS // 16):  # seldom drawn: small
+            maps = model.features(to_network(vis, device), to_network(ir, device))
+    except torch.OutOfMemoryError:
+        print(f"warning: {device} has no memory for the features of a pair; they are not drawn", file=sys.stderr)
+        return {}
     return {name: _stretched(value) for name, value in maps.items()}
 
 

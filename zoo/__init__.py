@@ -172,6 +172,7 @@ class System:
     weights: Mapping[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())
     stretched = True
     takes_colour = False
+    works_in_pieces = True  # whether `net.strips` makes it take less memory
     skip_name = "decoder image"
     recipes: Mapping[str, Mapping[str, Any]] = {}
     other_weights: tuple[str, ...] = ()
