@@ -257,7 +257,7 @@ def say_whose_place_is_taken(folder: Path, method: Method) -> None:
     try:
         before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         weights, sha256 = before["weights"], before["weights_sha256"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
     if sha256 != method.sha256:
         print(f"note: {folder} had the results of other weights, {weights}; --out DIR keeps both", file=sys.stderr)
