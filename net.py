@@ -76,11 +76,6 @@ class Workspace:
         """Called whenever a row of pieces has been worked on."""
 
 
-def fetched(whole: Tensor) -> Tensor:
-    """A small map, or numbers made of a large one, where they are worked on; see `Workspace`."""
-    return _current().workspace.fetch(whole)
-
-
 class _Setting(NamedTuple):
     pixels: int
     workspace: Workspace
@@ -93,6 +88,11 @@ _setting: ContextVar[_Setting] = ContextVar("strips", default=_WHOLE_IMAGES)
 def _current() -> _Setting:
     # torch.compile cannot trace a ContextVar; what is compiled or exported is never worked on in pieces.
     return _WHOLE_IMAGES if torch.compiler.is_compiling() else _setting.get()
+
+
+def fetched(whole: Tensor) -> Tensor:
+    """A small map, or numbers made of a large one, where they are worked on; see `Workspace`."""
+    return _current().workspace.fetch(whole)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def run_one(
     shape = (2, height, width)
     vis, ir = rng.random(shape, dtype=np.float32) * np.float32(255) if not plan_only else np.empty(shape, np.float32)
     before = resident_memory()
-    plan = plan_for(model, (height, width), memory_to_take(device, max_memory), device, precision)
+    plan = plan_for((height, width), memory_to_take(device, max_memory), device, precision)
     workspace = BoundedWorkspace(plan.map_room, device, scratch)
     maps = MAP_BYTES * height * width * PRECISIONS[precision].itemsize // 4
     report: dict[str, Any] = {

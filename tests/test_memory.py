@@ -125,7 +125,9 @@ def test_max_memory_does_not_change_the_result(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         tempfile, "TemporaryFile", lambda dir, make=tempfile.TemporaryFile: made.append(dir) or make(dir=dir)
     )
-    free = plan_memory(64, 80, free=10**9, most_pixels=memory.SMALLEST_PIECE).working
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "CPU_PIECE_PIXELS", memory.SMALLEST_PIECE)
+        free = plan_memory(64, 80, free=10**9).working
     monkeypatch.setattr("utils.inference.memory_to_take", lambda device, most: free if most else 10**9)
     bounded = fuse_arrays(model, vis, ir, "vis", max_memory=10**9, scratch=tmp_path)
     assert made and set(made) == {tmp_path}

@@ -178,7 +178,7 @@ def fuse_arrays(
         give_back_freed_memory()
     free = memory_to_take(device, max_memory)
     while True:
-        plan = plan_for(model, ir.shape, free, device, precision)
+        plan = plan_for(ir.shape, free, device, precision)
         host_room = memory_left() // 2 if device.type != "cpu" else 0
         workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
         try:
@@ -204,7 +204,7 @@ def memory_to_take(device: torch.device, max_memory: int | None) -> int:
     return max_memory - resident_memory() if max_memory else memory_left() * 8 // 10
 
 
-def plan_for(model: Any, shape: tuple[int, ...], free: int, device: torch.device, precision: str) -> Plan:
+def plan_for(shape: tuple[int, ...], free: int, device: torch.device, precision: str) -> Plan:
     height, width = shape
     return plan_memory(
         height,

@@ -91,9 +91,7 @@ class Plan:
     working: int
 
 
-def plan_memory(
-    height: int, width: int, *, free: int, kind: str = "cpu", element_size: int = 4, most_pixels: int | None = None
-) -> Plan:
+def plan_memory(height: int, width: int, *, free: int, kind: str = "cpu", element_size: int = 4) -> Plan:
     """The plan for images of this size.
 
     Args:
@@ -101,12 +99,11 @@ def plan_memory(
         free: bytes that may be taken beyond what the process has.
         kind: of the device, "cpu" or "cuda".
         element_size: bytes of a value of a feature map.
-        most_pixels: of a piece, where a system knows better.
 
     Raises:
         InputError: not even the smallest pieces fit.
     """
-    most_pixels = most_pixels or (CPU_PIECE_PIXELS if kind == "cpu" else CUDA_PIECE_PIXELS)
+    most_pixels = CPU_PIECE_PIXELS if kind == "cpu" else CUDA_PIECE_PIXELS
     sizes = [max(most_pixels >> i, SMALLEST_PIECE) for i in range(most_pixels.bit_length())]
     images, maps = IMAGE_BYTES * height * width, MAP_BYTES * height * width * element_size // 4
     working = [
