@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="keep every N-th pair of each data set out of the patches, for train.py to validate on (default: 0, none)",
+        help="keep one pair in N of each data set out of the patches, in blocks of up to 8 neighbouring names, for "
+        "train.py to validate on (default: 0, none)",
     )
     add("--holdout-size", type=int, default=256, help="the middle of a held-out pair, this many pixels (default: 256)")
     add("--saliency", action="store_true", help="store saliency maps of the infrared images, which MLFuse trains on")
@@ -108,8 +109,7 @@ def prepare(args: argparse.Namespace) -> int:
     for vis_folder, ir_folder in folders:
         found = list_pairs(vis_folder, ir_folder)
         pairs += found.pairs
-        # The middle one of every N: the first and last of a folder are often of one scene.
-        held_out |= set(found.pairs[args.holdout // 2 :: args.holdout] if args.holdout else [])
+        held_out |= set(in_blocks(found.pairs, args.holdout) if args.holdout else [])
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
 
@@ -126,7 +126,7 @@ def prepare(args: argparse.Namespace) -> int:
         "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders).encode(errors="replace").decode(),
         "patch_size": args.patch_size,
         "stride": args.stride,
-        "holdout": args.holdout,
+        "holdout": f"one in {args.holdout}, in blocks" if args.holdout else "none",
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
@@ -157,6 +157,20 @@ def prepare(args: argparse.Namespace) -> int:
         f"{len(held_out)} held out, {len(bad)} left out"
     )
     return EXIT_BAD_INPUT if bad else 0
+
+
+def in_blocks(pairs: Sequence[Pair], one_in: int, longest: int = 8) -> list[Pair]:
+    """One pair in `one_in`, in blocks of neighbours: equal numbers are often neighbouring frames of a video.
+
+    Validation on a frame whose neighbours were trained on would measure memory.
+
+    >>> in_blocks(range(60), 5)
+    [16, 17, 18, 19, 20, 21, 22, 23, 56, 57, 58, 59]
+    """
+    length = max(1, min(longest, len(pairs) // one_in))
+    blocks = [pairs[start : start + length] for start in range(0, len(pairs), length)]
+    # The middle one of every `one_in` blocks: the first and the last of a folder are often of one scene.
+    return [pair for block in blocks[one_in // 2 :: one_in] for pair in block]
 
 
 def show_degraded(args: argparse.Namespace, pairs: list[Pair]) -> int:

@@ -250,7 +250,9 @@ def attention_map(products: Tensor, squares: Tensor, temperature: Tensor) -> Ten
         softmax are cosines times the temperature.
     """
     heads = temperature.shape[0]
-    q_norm, k_norm = squares.sqrt().clamp_min(1e-12).unflatten(1, (2, heads, -1)).unbind(1)  # (B, G, d)
+    # A root has an infinite slope at 0, where the published form, F.normalize, has none. Black images lead there.
+    norms = torch.where(squares > 0, squares, 1e-24).sqrt().clamp_min(1e-12)
+    q_norm, k_norm = norms.unflatten(1, (2, heads, -1)).unbind(1)  # (B, G, d)
     blocks = products.unflatten(1, (heads, -1)).unflatten(3, (heads, -1))  # (B, G, d, G, d)
     blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (B, G, d, d): a head with itself
     cosines = blocks / (q_norm[..., :, None] * k_norm[..., None, :])

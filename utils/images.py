@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import InputError, listed, whole_file
 
-SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm".split())
+SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm .webp".split())
 DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
 _GAP = 4  # pixels of white between images that are shown together
 
