@@ -24,8 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from utils import InputError, run_script, sigterm_as_ctrl_c
-from utils.inference import add_inference_options, keep_freed_memory, pick_device, pick_precision
+from utils.common import InputError, run_script, sigterm_as_ctrl_c
+from utils.inference.fusing import add_inference_options, keep_freed_memory, pick_device, pick_precision
 from utils.metrics import PROTOCOLS
 
 if TYPE_CHECKING:

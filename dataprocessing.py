@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
-from utils.degradation import INFRARED, VISIBLE
-from utils.degradation_panel import write_examples
-from utils.images import Pair, check_same_size, find_modalities, list_pairs, luma_of, read_colour, read_luma
+from utils.common import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
+from utils.data.degradation import INFRARED, VISIBLE
+from utils.data.degradation_panel import write_examples
+from utils.data.images import Pair, check_same_size, find_modalities, list_pairs, luma_of, read_colour, read_luma
+from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
+from utils.data.saliency import visual_saliency
 from utils.metrics import SMALLEST_SCORED
-from utils.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
-from utils.saliency import visual_saliency
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="only write a panel of degraded pairs, by default data/degraded_<SEED>.png, and print what was drawn",
     )
     for name in ("vis", "ir"):
-        text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/degradation.py)"
+        text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/data/degradation.py)"
         add(f"--degrade-{name}", default="", metavar="RANGES", help=text)
     add("--debug", action="store_true", help="show tracebacks")
     return parser

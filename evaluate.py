@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import utils.more_metrics  # noqa: F401  registers its metrics
-from utils import (
+from utils.common import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
     InputError,
@@ -33,15 +33,15 @@ from utils import (
     git_commit,
     listed,
     run_script,
-    tables,
 )
-from utils.evaluation import Evaluation, Scorer, evaluate
-from utils.images import find_modalities
-from utils.manifests import SHOWN, name_of_list, read_manifests, verify
+from utils.data.images import find_modalities
+from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
+from utils.evaluation import tables
+from utils.evaluation.folders import Evaluation, Scorer, evaluate
+from utils.evaluation.plots import import_figure, plot
+from utils.evaluation.scores import Row, format_excluded
+from utils.evaluation.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
 from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
-from utils.plots import import_figure, plot
-from utils.scores import Row, format_excluded
-from utils.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
 
 METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
 
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="processes (default: one for each processor)")
     add("--device", help="score with torch on this device, such as cuda, instead of numpy (needs torch)")
     add("--verify-data", nargs="?", const="", metavar="DIR",
-        help="compare the sets in this folder with manifests/ and exit "
+        help="compare the sets in this folder with results/manifests/ and exit "
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
     add("--list-metrics", action="store_true", help="say what each metric is, with unit, range and source, and exit")
     add("--debug", action="store_true", help="show tracebacks")
@@ -197,10 +197,10 @@ def check_options(args: argparse.Namespace, methods: Collection[str]) -> None:
 
 def device_scorer(device: str, metrics: Sequence[str]) -> Scorer:
     try:
-        from utils.metrics_torch import TWINS, score_on
+        from utils.evaluation.metrics_torch import TWINS, score_on
     except ImportError as error:
         raise InputError(f"--device needs torch ({error}); leave it out to score with numpy") from None
-    from utils.inference import pick_device
+    from utils.inference.fusing import pick_device
 
     without = set(metrics) - set(TWINS)
     if without:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import (
+from utils.common import (
     EXIT_BAD_INPUT,
     InputError,
     check_writable,
@@ -31,8 +31,7 @@ from utils import (
     sigterm_as_ctrl_c,
     whole_file,
 )
-from utils.alignment import TOLERANCE, coverage, edge_shift, read_homography
-from utils.images import (
+from utils.data.images import (
     DEEP_SUFFIXES,
     SUFFIXES,
     PairList,
@@ -42,11 +41,9 @@ from utils.images import (
     to_uint8,
     write_image,
 )
-from utils.inference import SKIP_HELP, add_inference_options, find_weights, pick_device, pick_precision
-from utils.monitor import feature_maps
-from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
-from utils.testing import Method, left_out, load_method
-from utils.video import (
+from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography
+from utils.data.sources import COLOURS, Registration, Source, fuse_sources, read_source
+from utils.data.video import (
     DEFAULT_RATE,
     Flicker,
     FrameFolder,
@@ -57,6 +54,9 @@ from utils.video import (
     check_video_name,
     is_video,
 )
+from utils.evaluation.benchmark import Method, left_out, load_method
+from utils.inference.fusing import SKIP_HELP, add_inference_options, find_weights, pick_device, pick_precision
+from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
 

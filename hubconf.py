@@ -23,7 +23,7 @@ def cddfuse(weights=None, task="ivf", **options):
         device: "cpu" (the default), "cuda", ...
 
     Returns:
-        `utils.inference.Fuser`, in evaluation mode; the system itself is its attribute `system`.
+        `utils.inference.fusing.Fuser`, in evaluation mode; the system itself is its attribute `system`.
     """
     return _load("cddfuse", weights, task, options)
 
@@ -52,7 +52,7 @@ def _load(name, weights, task, options):
         other = getattr(sys.modules.get(module), "__file__", None)
         if other and not os.path.abspath(other).startswith(here + os.sep):
             raise ImportError(f"{other} is imported already under the name {module}, which {here} uses too; load first")
-    from utils.inference import load_fuser
+    from utils.inference.fusing import load_fuser
     from zoo import find_system
 
     return load_fuser(find_system(name), task, weights, **options)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils import run_script
-from utils.sets import Benchmark
-from utils.testing import add_arguments, run_benchmark
+from utils.common import run_script
+from utils.data.sets import Benchmark
+from utils.evaluation.benchmark import add_arguments, run_benchmark
 from zoo import SYSTEMS, find_system
 
 MIF = Benchmark(

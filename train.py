@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 
-from utils import InputError, check_writable, git_commit, run_script
-from utils.distributed import any_rank, from_first, is_first, process_group, ranks
-from utils.images import write_image
-from utils.inference import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
-from utils.monitor import Curves, draw_panel, validate
-from utils.optimizers import OPTIMIZERS
-from utils.patches import PatchDataset
-from utils.training import Run, Stop, hold_folder, say, stop_now
+from utils.common import InputError, check_writable, git_commit, run_script
+from utils.data.images import write_image
+from utils.data.patches import PatchDataset
+from utils.inference.fusing import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
+from utils.training.distributed import any_rank, from_first, is_first, process_group, ranks
+from utils.training.loop import Run, Stop, hold_folder, say, stop_now
+from utils.training.monitor import Curves, draw_panel, validate
+from utils.training.optimizers import OPTIMIZERS
 from zoo import SYSTEMS, TASKS, check_options, find_system, option
 
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")

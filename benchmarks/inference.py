@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.metrics import made_pair, processor
 from tests import reference_net
-from utils import InputError, git_commit, run_script
-from utils.inference import fuse_arrays, keep_freed_memory, pick_device, to_levels, to_network
-from utils.memory import resident_memory
+from utils.common import InputError, git_commit, run_script
+from utils.inference.fusing import fuse_arrays, keep_freed_memory, pick_device, to_levels, to_network
+from utils.inference.memory import resident_memory
 from zoo.cddfuse import CDDFuseSystem
 
 SIDES = ("transcription", "float32", "bfloat16")

@@ -21,7 +21,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # comes with scikit-learn, which the transcription needs
 
 from tests import reference_metrics
-from utils import InputError, metrics, run_script
+from utils import metrics
+from utils.common import InputError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 

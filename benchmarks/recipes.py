@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 import train
-from utils import InputError, git_commit, run_script
+from utils.common import InputError, git_commit, run_script
+from utils.data.patches import PatchDataset
 from utils.metrics import PAPER_TABLE
-from utils.patches import PatchDataset
 from zoo import SYSTEMS, TASKS, find_system
 
 PROBE_STEPS = 4  # a stage, after as many that warm up

@@ -28,9 +28,9 @@ import torch
 
 from benchmarks.inference import made_model, operations_per_pixel, peak_memory
 from benchmarks.metrics import processor
-from utils import EXIT_BAD_INPUT, git_commit
-from utils.inference import PRECISIONS, keep_freed_memory, memory_to_take, plan_for, run_plan
-from utils.memory import MAP_BYTES, BoundedWorkspace, format_size, parse_size, resident_memory
+from utils.common import EXIT_BAD_INPUT, git_commit
+from utils.inference.fusing import PRECISIONS, keep_freed_memory, memory_to_take, plan_for, run_plan
+from utils.inference.memory import MAP_BYTES, BoundedWorkspace, format_size, parse_size, resident_memory
 
 
 def size_of(megapixels: float) -> tuple[int, int]:

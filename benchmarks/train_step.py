@@ -26,10 +26,10 @@ import torch
 
 import train
 from tests import reference_net
-from utils import InputError, git_commit, run_script
-from utils.inference import keep_freed_memory, pick_device
-from utils.patches import Batch, PatchDataset
-from utils.training import Run, _PassLosses
+from utils.common import InputError, git_commit, run_script
+from utils.data.patches import Batch, PatchDataset
+from utils.inference.fusing import keep_freed_memory, pick_device
+from utils.training.loop import Run, _PassLosses
 from zoo.cddfuse import CDDFuseSystem
 
 WAYS = ("published float32", "ours float32", "ours bfloat16")

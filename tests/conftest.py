@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.patches import PatchWriter
+from utils.data.patches import PatchWriter
 
 
 def formula_image(c: float, height: int = 40, width: int = 56) -> Tensor:

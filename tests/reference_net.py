@@ -2,7 +2,7 @@
 
 The second implementation that net.py and the training are measured and tested against: every operation as it is
 described, one after the other, one modality after the other, in the memory layout that torch has by default. It
-shares no code with net.py or utils/losses.py; attribute names are the keys of published files, so a state dict
+shares no code with net.py or utils/training/losses.py; attribute names are the keys of published files, so a state dict
 fits both. It checks nothing.
 """
 

@@ -33,9 +33,9 @@ from tools.screenshot import (
     wait_for,
     what_is_missing,
 )
-from utils import ROOT, in_checkout
-from utils.alignment import resize
-from utils.images import read_grey
+from utils.common import ROOT, in_checkout
+from utils.data.images import read_grey
+from utils.data.registration import resize
 from utils.metrics import PAPER_TABLE, score
 
 MAX_PIXELS = 100_000

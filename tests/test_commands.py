@@ -23,14 +23,13 @@ import torch
 
 import dataprocessing
 import train
-import utils
 from tests.conftest import write_pair
 from tests.documented_commands import COMMANDS, CUT, PATCHES
 from tools import doctor, download
-from utils import ROOT
-from utils.images import read_grey, write_image
-from utils.manifests import make_manifest, read_manifests, write_manifest
-from utils.video import VideoFile
+from utils.common import ROOT
+from utils.data.images import read_grey, write_image
+from utils.data.manifests import make_manifest, read_manifests, write_manifest
+from utils.data.video import VideoFile
 from zoo import find_system
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -121,7 +120,7 @@ def checkout(world, tmp_path, monkeypatch):
     folder = tmp_path / "checkout"
     shutil.copytree(world, folder, copy_function=os.link)  # every file is written whole, so none changes in place
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(utils, "ROOT", folder)
+    monkeypatch.setattr("utils.common.ROOT", folder)
     monkeypatch.delenv("FUSION_DATA", raising=False)
     monkeypatch.setattr(read_manifests, "__defaults__", (folder / "manifests",))
     for check in ("check_gpu", "check_memory", "check_disk", "check_packages"):  # of this machine

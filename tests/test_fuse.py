@@ -11,10 +11,10 @@ import pytest
 
 import fuse
 from tests.conftest import write_pair
-from utils import in_checkout
-from utils.images import chroma, read_colour, read_grey, write_colour, write_grey, write_image
-from utils.inference import fuse_arrays
-from utils.video import VideoFile, VideoPair
+from utils.common import in_checkout
+from utils.data.images import chroma, read_colour, read_grey, write_colour, write_grey, write_image
+from utils.data.video import VideoFile, VideoPair
+from utils.inference.fusing import fuse_arrays
 from zoo.cddfuse import CDDFuseSystem
 
 SIZE = (36, 44)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hubconf
-from utils import ROOT, InputError
+from utils.common import ROOT, InputError
 from zoo import SYSTEMS, find_system
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests import reference_metrics
 from utils import metrics
-from utils.images import read_grey
+from utils.data.images import read_grey
 from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
 
 KEYS = ["EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM", "AG", "CC", "MSE", "PSNR"]

@@ -344,7 +344,7 @@ def published_outputs(fusion_data):
 @pytest.mark.parametrize("case", ["tno_crop", "ct_odd"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_forward_equals_the_published_networks_on_real_images(published_outputs, case, dtype, tolerance):
-    from utils.checkpoint import load_checkpoint
+    from utils.inference.checkpoint import load_checkpoint
 
     folder, wanted = published_outputs
     model = net.CDDFuse()

@@ -12,9 +12,10 @@ import torch
 
 import fuse
 from tests.conftest import write_pair
-from utils import InputError, page
-from utils.checkpoint import save_checkpoint
-from utils.images import read_grey, write_colour, write_grey
+from utils import page
+from utils.common import InputError
+from utils.data.images import read_grey, write_colour, write_grey
+from utils.inference.checkpoint import save_checkpoint
 from utils.metrics import PAPER_TABLE, score
 from utils.page import Desk, Limits, Upload, bundled_samples, safe_name, score_table, weights_by_system
 from zoo.cddfuse import CDDFuseSystem

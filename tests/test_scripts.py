@@ -17,15 +17,15 @@ import dataprocessing
 import test_IVF
 import test_MIF
 import train
-import utils
 from tests.conftest import write_pair
-from utils import ROOT
-from utils.checkpoint import save_checkpoint
-from utils.images import chroma, read_colour, read_grey, write_grey
-from utils.inference import fuse_arrays
-from utils.manifests import make_manifest
+from utils import common
+from utils.common import ROOT
+from utils.data.images import chroma, read_colour, read_grey, write_grey
+from utils.data.manifests import make_manifest
+from utils.data.sets import find_sets
+from utils.inference.checkpoint import save_checkpoint
+from utils.inference.fusing import fuse_arrays
 from utils.metrics import score
-from utils.sets import find_sets
 from zoo.cddfuse import CDDFuseSystem
 from zoo.mlfuse import MLFuseSystem
 
@@ -132,11 +132,11 @@ def test_medical_weights_on_infrared_images_are_a_note(infrared, model, tmp_path
 
 
 def test_log_file_has_a_line_of_progress_now_and_then(monkeypatch, capsys):
-    assert list(utils.progress(range(3), "TNO", "pair")) == [0, 1, 2] and not capsys.readouterr().err
-    monkeypatch.setattr(utils, "SECONDS_BETWEEN_LINES", -1)
-    assert list(utils.progress(range(3), "TNO", "pair")) == [0, 1, 2]
+    assert list(common.progress(range(3), "TNO", "pair")) == [0, 1, 2] and not capsys.readouterr().err
+    monkeypatch.setattr(common, "SECONDS_BETWEEN_LINES", -1)
+    assert list(common.progress(range(3), "TNO", "pair")) == [0, 1, 2]
     assert capsys.readouterr().err.splitlines()[1] == "TNO: 2 of 3 pairs"
-    list(utils.progress(iter("ab"), "film", "frame"))
+    list(common.progress(iter("ab"), "film", "frame"))
     assert capsys.readouterr().err.splitlines() == [f"film: {n} of an unknown number of frames" for n in (1, 2)]
 
 
@@ -192,7 +192,7 @@ def test_set_without_a_score_does_not_stop_the_others(infrared, weights, tmp_pat
 
 
 def test_unreadable_file_costs_its_pair_only(infrared, weights, tmp_path, capsys, monkeypatch):
-    from utils import images
+    from utils.data import images
 
     read = images.read_grey
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from utils import ROOT
+from utils.common import ROOT
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\d+)\. (.*?)(?=^## |\Z)", PAGE, re.M | re.S))

@@ -5,7 +5,8 @@
     python -m tools.doctor --record        # after new weights: stores their hash and what they answer
 
 Python and the packages of requirements.txt; the GPU against the torch build; the weights in models/, their hash and
-keys; a known answer, a bundled pair fused and compared with what was recorded; benchmark folders against manifests/;
+keys; a known answer, a bundled pair fused and compared with what was recorded; benchmark folders against
+results/manifests/;
 memory and disk. Exit code 0 without a FIX, 2 with one.
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import (
+from utils.common import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
     InputError,
@@ -231,7 +232,7 @@ def published_or(path: Path, system: str) -> list[Path]:
         InputError: they have not been fetched, or are other files.
     """
     from tools.download import BLOBS, git_blob_id
-    from utils.inference import PUBLISHED, find_weights
+    from utils.inference.fusing import PUBLISHED, find_weights
     from zoo import find_system
 
     files = find_weights(find_system(system), "mif", path)  # for medical images both files are run
@@ -245,12 +246,12 @@ def describe(path: Path, system: str) -> str:
     """Loads a file of a system's weights, key for key, and says what it is.
 
     Raises:
-        FileNotFoundError, InputError: as `utils.checkpoint.load_checkpoint`; or a weight is not finite.
+        FileNotFoundError, InputError: as `utils.inference.checkpoint.load_checkpoint`; or a weight is not finite.
     """
     import torch
 
-    from utils.checkpoint import read_file
-    from utils.inference import load_fuser
+    from utils.inference.checkpoint import read_file
+    from utils.inference.fusing import load_fuser
     from zoo import find_system
 
     fuser = load_fuser(find_system(system), weights=path)
@@ -286,8 +287,8 @@ def answer(weights: Path, system: str, device: str) -> list[float]:
     """The bundled pair fused: mean and standard deviation of each block of the image, in grey levels."""
     import numpy as np
 
-    from utils.images import list_pairs
-    from utils.inference import fuse_arrays, load_fuser
+    from utils.data.images import list_pairs
+    from utils.inference.fusing import fuse_arrays, load_fuser
     from zoo import find_system
 
     folder = in_checkout("test_img", PAIR[0])
@@ -324,7 +325,7 @@ def record() -> int:
 
 
 def check_data(folder: Path | None) -> Iterator[Finding]:
-    from utils.manifests import read_manifests, verify
+    from utils.data.manifests import read_manifests, verify
 
     root = folder or benchmark_root()
     if not root.is_dir():

@@ -6,7 +6,7 @@
     python -m tools.download all --base-url https://mirror.example/MMIF-CDDFuse
 
 A download that was cut off goes on where it stopped. A file is put in its place only with the content that is
-published: weights by their git blob id, images by the SHA-256 in manifests/. A file that is there already is never
+published: weights by their git blob id, images by the SHA-256 in results/manifests/. A file that is there is never
 written over: if it differs, it is named. Proxies are taken from https_proxy, http_proxy and no_proxy. Exit code 0:
 everything that was asked for is in place; 2: something is not, and what to do was said.
 
@@ -36,8 +36,16 @@ from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
-from utils import EXIT_BAD_INPUT, InputError, benchmark_root, check_writable, file_sha256, in_checkout, run_script
-from utils.manifests import read_manifests, verify
+from utils.common import (
+    EXIT_BAD_INPUT,
+    InputError,
+    benchmark_root,
+    check_writable,
+    file_sha256,
+    in_checkout,
+    run_script,
+)
+from utils.data.manifests import read_manifests, verify
 
 REPOSITORY = "https://github.com/Zhaozixiang1228/MMIF-CDDFuse"
 RAW = "https://raw.githubusercontent.com/Zhaozixiang1228/MMIF-CDDFuse"
@@ -46,7 +54,7 @@ BLOBS = {
     "CDDFuse_IVF.pth": "d2794226bd48961132111bceff89ce3c955b3985",
     "CDDFuse_MIF.pth": "072e39abce5979c0568ee510713c123c28160f12",
 }
-# Bytes of the copies that manifests/ was made of. Those of the weights are not recorded.
+# Bytes of the copies that results/manifests/ was made of. Those of the weights are not recorded.
 SIZES = {"TNO": 12519925, "RoadScene": 1876048, "MRI_CT": 2041541, "MRI_PET": 3298135, "MRI_SPECT": 5131320}
 WEIGHTS = "weights"
 TERMS = (
@@ -171,7 +179,9 @@ def describe(wanted: Iterable[str], bases: Sequence[str], root: Path) -> None:
             for item in items:
                 print(f"  {item.path} -> {item.target}, git blob {item.digest}")
             continue
-        print(f"{name}: {len(items)} files, {SIZES[name] / 1e6:.1f} MB; SHA-256 of each in manifests/{name}.json")
+        print(
+            f"{name}: {len(items)} files, {SIZES[name] / 1e6:.1f} MB; SHA-256 of each in results/manifests/{name}.json"
+        )
         for modality in manifest_of(name)["files"]:
             print(f"  test_img/{name}/{modality}/ -> {root / name / modality}{os.sep}")
     print("addresses, tried in this order:", *(f"  {base}/" for base in bases), sep="\n")

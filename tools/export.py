@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from utils import InputError, check_writable, git_commit, run_script, whole_file
-from utils.inference import Fuser, load_fuser
+from utils.common import InputError, check_writable, git_commit, run_script, whole_file
+from utils.inference.fusing import Fuser, load_fuser
 from zoo import TASKS, find_system
 
 # Systems whose sizes stay dynamic in an export, and the smallest side there. MLFuse pools a side of up to 20 pixels to

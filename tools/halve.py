@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import InputError, check_writable, run_script
+from utils.common import InputError, check_writable, run_script
 from zoo import SYSTEMS, find_system
 
 

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import InputError, in_checkout, run_script
-from utils.manifests import make_manifest, write_manifest
+from utils.common import InputError, in_checkout, run_script
+from utils.data.manifests import make_manifest, write_manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import cv2
 
-from utils import in_checkout, run_script
-from utils.images import find_modalities, list_pairs, one_below_another, to_uint8, write_grey
-from utils.monitor import draw_panel
-from utils.patches import HeldOut
+from utils.common import in_checkout, run_script
+from utils.data.images import find_modalities, list_pairs, one_below_another, to_uint8, write_grey
+from utils.data.patches import HeldOut
+from utils.training.monitor import draw_panel
 from zoo.cddfuse import CDDFuseSystem
 
 SETS = {"ivf": ("Sample_IVF",), "mif": ("Sample_MRI_CT", "Sample_MRI_PET")}

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from utils import InputError, run_script, whole_file
+from utils.common import InputError, run_script, whole_file
+from utils.evaluation.plots import new_figure, title_of
 from utils.metrics import PAPER_TABLE
-from utils.plots import new_figure, title_of
 
 LOG = "log.jsonl"
 

@@ -23,7 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from utils import ROOT, InputError, in_checkout, run_script, whole_file
+from utils.common import ROOT, InputError, in_checkout, run_script, whole_file
 
 SAMPLE = 2  # street_night, in the order of the page
 SIZE = (1240, 1000)  # of the window; the picture is as high as the page

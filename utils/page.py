@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from utils import InputError, in_checkout, listed
-from utils.alignment import edge_shift, resize
-from utils.images import find_modalities, list_pairs, read_grey, side_by_side, to_uint8, write_image
-from utils.inference import memory_to_take
-from utils.memory import format_size
+from utils.common import InputError, in_checkout, listed
+from utils.data.images import find_modalities, list_pairs, read_grey, side_by_side, to_uint8, write_image
+from utils.data.registration import edge_shift, resize
+from utils.data.sources import COLOURS, Registration, Source, fuse_sources, read_source
+from utils.evaluation.benchmark import Method, load_method
+from utils.inference.fusing import memory_to_take
+from utils.inference.memory import format_size
 from utils.metrics import METRICS, score
-from utils.monitor import feature_maps
-from utils.pairs import COLOURS, Registration, Source, fuse_sources, read_source
-from utils.testing import Method, load_method
+from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
 ROLES = {"ivf": ("visible", "infrared"), "mif": ("MRI", "CT, PET or SPECT")}
@@ -129,7 +129,7 @@ class Desk:
         weights: system -> name of a file -> the file; see `weights_by_system`.
         limits: of an uploaded image.
         protocol: of the scores.
-        device, precision, max_memory, scratch: as of `utils.inference.fuse_arrays`.
+        device, precision, max_memory, scratch: as of `utils.inference.fusing.fuse_arrays`.
     """
 
     folder: Path

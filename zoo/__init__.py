@@ -47,9 +47,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from utils import InputError, in_checkout
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.patches import Batch
+from utils.common import InputError, in_checkout
+from utils.data.patches import Batch
+from utils.inference.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "System", "check_options", "find_system", "option"]
 
@@ -203,11 +203,11 @@ class System:
         return [in_checkout("models", name) for name in cls.weights[task]]
 
     def load_published(self, path: Path | str) -> dict[str, Any]:
-        """Loads a file in the published format; see `utils.checkpoint.load_checkpoint`."""
+        """Loads a file in the published format; see `utils.inference.checkpoint.load_checkpoint`."""
         return load_checkpoint(path, self)
 
     def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
-        """Saves in the published format, with `half` in half the bytes; see `utils.checkpoint.save_checkpoint`."""
+        """Saves in the published format, with `half` in half the bytes; see `save_checkpoint`."""
         save_checkpoint(path, self, about, half=half)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import net
-from utils import InputError
-from utils.losses import (
+from utils.common import InputError
+from utils.evaluation.scores import PUBLISHED_COLUMNS
+from utils.training.losses import (
     SSIM_FORMS,
     decomposition_loss,
     difference_loss,
@@ -20,7 +21,6 @@ from utils.losses import (
     range_loss,
     reconstruction_loss,
 )
-from utils.scores import PUBLISHED_COLUMNS
 from zoo import Batch, Stage, System, check_options, option
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import net
-from utils import InputError
-from utils.losses import SSIM_FORMS, fusion_loss, gradient_loss, reconstruction_loss
-from utils.scores import PUBLISHED_COLUMNS
+from utils.common import InputError
+from utils.evaluation.scores import PUBLISHED_COLUMNS
+from utils.training.losses import SSIM_FORMS, fusion_loss, gradient_loss, reconstruction_loss
 from zoo import Batch, Stage, System, check_options, option
 
 CHANNELS = 64

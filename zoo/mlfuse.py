@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import net
-from utils import InputError
-from utils.checkpoint import ABOUT, save_file, stored
-from utils.losses import multi_branch_loss
+from utils.common import InputError
+from utils.inference.checkpoint import ABOUT, save_file, stored
 from utils.metrics import PAPER_TABLE
+from utils.training.losses import multi_branch_loss
 from zoo import Batch, Stage, System, check_options, option
 
 SMALLEST_SIDE = 15  # the edge branch pools 7 x 7 after a stride of two

@@ -1,7 +1,7 @@
 """TSDM-Fusion: a student that fuses bad images well, a teacher that fuses clean ones, and their training.
 
 The teacher learns to fuse clean grey pairs without labels. Its work on a sharpened pair, with the colours of the
-visible image, is what the student has to make of the same pair after the degradation model (utils/degradation.py)
+visible image, is what the student has to make of the same pair after the degradation model (utils/data/degradation.py)
 has damaged both images; first by an L1 loss, then against a discriminator. The student alone fuses afterwards.
 
     python train.py --system tsdm --recipe teacher
@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import InputError
-from utils.checkpoint import load_network, save_network
-from utils.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
-from utils.distributed import is_first
+from utils.common import InputError
+from utils.data.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
+from utils.inference.checkpoint import load_network, save_network
 from utils.metrics import PAPER_TABLE
+from utils.training.distributed import is_first
 from zoo import Batch, Pass, Stage, System, check_options, option
 from zoo.tsdm.losses import (
     Content,
@@ -296,7 +296,7 @@ class TSDMFusion(System, nn.Module):
     # -- files ---------------------------------------------------------------------------------------------------
 
     def load_published(self, path: Path | str) -> dict[str, Any]:
-        """Loads a file of the teacher or of the student, which then fuses; see `utils.checkpoint.load_network`.
+        """Loads a file of the teacher or of the student, which then fuses; see `load_network`.
 
         Published files hold the pickled module beside its weights; it is passed over.
         """
@@ -307,7 +307,7 @@ class TSDMFusion(System, nn.Module):
         return about
 
     def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
-        """Saves the network that fuses, under `state_dict`; see `utils.checkpoint.save_network`."""
+        """Saves the network that fuses, under `state_dict`; see `utils.inference.checkpoint.save_network`."""
         save_network(path, getattr(self, self.acting), about, half=half)
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import InputError, listed
-from utils.checkpoint import read_file
-from utils.distributed import mean_over_ranks
-from utils.losses import ssim_map
+from utils.common import InputError, listed
+from utils.inference.checkpoint import read_file
+from utils.training.distributed import mean_over_ranks
+from utils.training.losses import ssim_map
 
 _SSIM_BORDER = 5  # half the window: what is nearer to the border has seen padding
 

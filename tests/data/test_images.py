@@ -1,0 +1,326 @@
+"""Reading by the published grey rule, 8-bit writing, and pairing of files."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.common import InputError
+from utils.data.images import (
+    Pair,
+    chroma,
+    find_modalities,
+    is_coloured,
+    list_flat_pairs,
+    list_pairs,
+    read_colour,
+    read_grey,
+    read_luma,
+    with_colour_of,
+    write_colour,
+    write_grey,
+    write_image,
+)
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)  # BGR
+
+
+def write(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".PNG"])
+def test_colour_is_turned_to_grey_as_float_and_rounded_half_to_even(tmp_path, suffix):
+    grey = read_grey(write(tmp_path / f"a{suffix}", COLOUR))
+    b, g, r = (COLOUR[..., i].astype(np.float64) for i in range(3))
+    wanted = 0.114 * b + 0.587 * g + 0.299 * r
+    assert grey.dtype == np.float32 and grey.shape == (9, 11)
+    away_from_ties = np.abs(wanted % 1 - 0.5) > 1e-4
+    np.testing.assert_array_equal(grey[away_from_ties], np.round(wanted)[away_from_ties])
+
+
+def test_rounding_is_half_to_even(tmp_path):
+    # 0.587 * 250 = 146.75 and so on never tie; grey + 0.5 does: 0.299 * 0 + 0.587 * 0 + 0.114 * 250 = 28.5
+    ties = np.zeros((1, 2, 3), np.uint8)
+    ties[0, 0, 0] = 250  # 28.5 -> 28
+    ties[0, 1] = (250, 0, 0)
+    assert read_luma(write(tmp_path / "a.png", ties))[0, 0] == pytest.approx(28.5, abs=1e-5)
+    assert read_grey(tmp_path / "a.png")[0, 0] == 28
+
+
+def test_grey_rule_is_not_the_grey_flag_of_opencv(tmp_path):
+    many = np.random.default_rng(1).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    path = write(tmp_path / "a.png", many)
+    assert (read_grey(path) != cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)).any()
+
+
+def test_luma_is_not_rounded(tmp_path):
+    luma = read_luma(write(tmp_path / "a.png", COLOUR))
+    assert (luma != np.round(luma)).any()
+    np.testing.assert_array_equal(np.round(luma), read_grey(tmp_path / "a.png"))
+
+
+def test_jpeg_is_read_as_decoded(tmp_path):
+    path = write(tmp_path / "a.jpg", cv2.resize(COLOUR, (64, 48)))
+    decoded = cv2.imread(str(path)).astype(np.float32)
+    np.testing.assert_array_equal(read_grey(path), np.round(cv2.cvtColor(decoded, cv2.COLOR_BGR2GRAY)))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_16_bit_keeps_its_depth(tmp_path, suffix):
+    levels = np.array([[0, 1, 256, 32768, 65535]], np.uint16)
+    grey = read_grey(write(tmp_path / f"a{suffix}", levels))
+    np.testing.assert_allclose(grey, levels * (255 / 65535), rtol=1e-5, atol=1e-6)
+    assert len(np.unique(grey)) == 5
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    path = write(tmp_path / "a.jpg", np.zeros((16, 32, 3), np.uint8))
+    plain = path.read_bytes()
+    # A minimal Exif block: big-endian TIFF header, one tag, orientation (0x0112) = 6, a quarter turn.
+    tiff = b"MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
+    block = b"Exif\x00\x00" + tiff
+    path.write_bytes(plain[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + plain[2:])
+    assert read_grey(path).shape == (32, 16)
+
+
+@pytest.mark.parametrize("name", ["with space.png", "größe-图像.png", "a.b.c.png", "n" * 251 + ".png"])
+def test_any_file_name_works(tmp_path, name):
+    write_grey(tmp_path / name, np.full((4, 5), 7.0))
+    np.testing.assert_array_equal(read_grey(tmp_path / name), np.full((4, 5), 7))
+
+
+HUGE = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+    + (60000).to_bytes(4, "big") * 2
+    + b"\x08\x00\x00\x00\x00"
+    + zlib.crc32(b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00").to_bytes(4, "big")
+)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40), HUGE])
+def test_unreadable_files_are_named(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match="a.png is not an image of 8 or 16 bits"):
+        read_grey(tmp_path / "a.png")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a.png"):
+        read_grey(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)])
+def test_float_files_are_refused(tmp_path, shape):
+    path = write(tmp_path / "a.tiff", np.zeros(shape, np.float32))
+    with pytest.raises(InputError, match="a.tiff is not an image of 8 or 16 bits"):
+        read_grey(path)
+
+
+def test_writing_rounds_half_up_and_clips(tmp_path):
+    write_grey(tmp_path / "a.png", np.array([[-3.0, 0.49, 0.5, 1.5, 254.5, 300.0]]))
+    assert read_grey(tmp_path / "a.png").tolist() == [[0, 0, 1, 2, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "message"),
+    [
+        ("a.png", np.array([[1.0, np.nan]]), "NaN"),
+        ("a.png", np.zeros((2, 2, 3)), r"\(2, 2, 3\)"),
+        ("a.docx", np.zeros((2, 2)), "unknown image format"),
+    ],
+)
+def test_unwritable_images_are_refused_and_the_old_file_kept(tmp_path, name, image, message):
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(InputError, match=message):
+        write_grey(tmp_path / name, image)
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_pairs_are_made_by_stem_sorted_and_the_unmatched_named(tmp_path):
+    for name in ("vi/b.png", "vi/a.png", "vi/only.png", "ir/a.jpg", "ir/b.PNG", "ir/x.y.bmp"):
+        write(tmp_path / name, COLOUR)
+    for name in ("vi/notes.txt", "vi/.hidden.png", "ir/Thumbs.db"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "vi/folder.png").mkdir()
+    found = list_pairs(tmp_path / "vi", tmp_path / "ir")
+    assert [(p.name, p.vis.name, p.ir.name) for p in found.pairs] == [("a", "a.png", "a.jpg"), ("b", "b.png", "b.PNG")]
+    assert found.only_vis == ("only.png",) and found.only_ir == ("x.y.bmp",)
+    assert "only.png" in found.unmatched() and "x.y.bmp" in found.unmatched()
+
+
+def test_two_images_of_one_stem_are_refused(tmp_path):
+    for name in ("vi/a.png", "vi/a.jpg", "ir/a.png"):
+        write(tmp_path / name, COLOUR)
+    with pytest.raises(InputError, match="share a name"):
+        list_pairs(tmp_path / "vi", tmp_path / "ir")
+
+
+def test_folders_without_a_common_name_are_refused(tmp_path):
+    write(tmp_path / "vi/a.png", COLOUR)
+    write(tmp_path / "ir/b.png", COLOUR)
+    with pytest.raises(InputError, match="share no image name"):
+        list_pairs(tmp_path / "vi", tmp_path / "ir")
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        list_pairs(tmp_path / "vi", tmp_path / "none")
+
+
+def test_pair_of_two_sizes_states_both(tmp_path):
+    pair = Pair("a", write(tmp_path / "v.png", COLOUR), write(tmp_path / "i.png", COLOUR[:, :8]))
+    with pytest.raises(InputError, match=r"11x9 .* 8x9"):
+        pair.read()
+
+
+@pytest.mark.parametrize("names", [("vi", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT")])
+def test_modalities_are_found_visible_or_mri_first(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert find_modalities(tmp_path) == (tmp_path / names[0], tmp_path / names[1])
+
+
+def test_folder_of_several_sets_is_refused(tmp_path):
+    for name in ("MRI", "CT", "PET"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="MRI/ with CT/; MRI/ with PET/"):
+        find_modalities(tmp_path)
+
+
+def test_folder_without_modalities_names_what_it_needs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="vi/ and ir/"):
+        find_modalities(tmp_path)
+
+
+def test_colours_are_read_red_first_and_written_as_they_are(tmp_path):
+    path = write(tmp_path / "a.png", COLOUR)
+    colours = read_colour(path)
+    np.testing.assert_array_equal(colours, COLOUR[..., ::-1])
+    write_colour(tmp_path / "b.png", colours)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "b.png")), COLOUR)
+    np.testing.assert_allclose(
+        read_colour(write(tmp_path / "c.png", COLOUR.astype(np.uint16) * 257)), colours, rtol=0, atol=1e-4
+    )  # float32 at 255
+
+
+def test_colours_beyond_the_range_are_clipped_not_wrapped(tmp_path):
+    write_colour(tmp_path / "a.png", np.array([[[300.0, -20.0, 100.5]]]))
+    assert cv2.imread(str(tmp_path / "a.png"))[0, 0].tolist() == [101, 0, 255]  # blue first in OpenCV
+    with pytest.raises(InputError, match=r"\(H, W, 3\)"):
+        write_colour(tmp_path / "a.png", np.zeros((4, 4)))
+
+
+def test_chroma_is_the_full_range_rule_of_jpeg():
+    rgb = COLOUR[..., ::-1].astype(np.float32)
+    wanted = cv2.cvtColor(rgb / 255, cv2.COLOR_RGB2YCrCb)[..., [2, 1]] * 255 - 127.5
+    np.testing.assert_allclose(chroma(rgb), wanted, rtol=0, atol=0.2)  # OpenCV rounds its factors to 0.564 and 0.713
+    primaries = np.float32([[[0, 0, 255], [255, 0, 0]]])
+    np.testing.assert_allclose(chroma(primaries)[0, :, [0, 1]].diagonal(), [127.5, 127.5], atol=1e-4)
+
+
+def test_an_image_with_its_own_colour_and_luma_is_itself():
+    rgb = COLOUR[..., ::-1].astype(np.float32)
+    luma = rgb @ np.float32([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(with_colour_of(luma, rgb), rgb, rtol=0, atol=1e-3)  # float32 at 255
+    brighter = with_colour_of(luma + 10, rgb)
+    np.testing.assert_allclose(brighter, rgb + 10, rtol=0, atol=1e-3)  # all of the range is luma: no 16..235
+
+
+def test_two_colours_are_averaged_by_their_own_size_and_grey_has_no_say():
+    orange, blue = np.full((2, 2, 3), [250, 120, 20], np.float32), np.full((2, 2, 3), [80, 100, 160], np.float32)
+    grey = np.full((2, 2, 3), 90, np.float32)
+    fused = np.full((2, 2), 128, np.float32)
+    a, b = chroma(orange)[0, 0], chroma(blue)[0, 0]
+    wanted = (a * abs(a) + b * abs(b)) / (abs(a) + abs(b))
+    np.testing.assert_allclose(chroma(with_colour_of(fused, orange, blue))[0, 0], wanted, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(with_colour_of(fused, orange, grey), with_colour_of(fused, orange), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(with_colour_of(fused, grey, grey), 128, rtol=0, atol=1e-3)
+    assert is_coloured(orange) and not is_coloured(grey)
+
+
+def test_truncation_is_written_on_request(tmp_path):
+    write_grey(tmp_path / "a.png", np.array([[0.99, 1.5, 254.999, 255.0]]), truncate=True)
+    assert read_grey(tmp_path / "a.png").tolist() == [[0, 1, 254, 255]]
+
+
+def flat_folder(folder: Path, *names: str) -> Path:
+    for name in names:
+        write(folder / name, COLOUR)
+    return folder
+
+
+def test_numbered_files_of_one_folder_are_paired_by_number_and_in_its_order(tmp_path):
+    folder = flat_folder(
+        tmp_path, "ct0.png", "mrict0.png", "ct10.png", "mrict10.jpg", "ct2.png", "mrict2.png", "ct3.png", "pet2.png"
+    )
+    found = list_flat_pairs(folder, "mrict", "ct")
+    assert [(pair.name, pair.vis.name, pair.ir.name) for pair in found.pairs] == [
+        ("0", "mrict0.png", "ct0.png"), ("2", "mrict2.png", "ct2.png"), ("10", "mrict10.jpg", "ct10.png"),
+    ]  # fmt: skip
+    assert (found.only_vis, found.only_ir) == ((), ("ct3.png",))
+    exchanged = list_flat_pairs(folder, "ct", "mrict")
+    assert [pair.vis.name for pair in exchanged.pairs] == ["ct0.png", "ct2.png", "ct10.png"]
+
+
+def test_stems_with_digits_and_dots_are_taken_literally(tmp_path):
+    folder = flat_folder(tmp_path, "t1.w_01.png", "3d01.png", "t1xw_01.png")
+    assert [pair.name for pair in list_flat_pairs(folder, "t1.w_", "3d").pairs] == ["01"]
+
+
+@pytest.mark.parametrize(
+    ("names", "stems", "message"),
+    [
+        (("ct1.png", "mr2.png"), ("mr", "ct"), "the stems in it are ct, mr"),
+        (("a.png",), ("mr", "ct"), "nothing"),
+        (("a12.png", "a2.png"), ("a", "a1"), "of either role"),
+        (("a1.png", "a2.png"), ("a", "a"), "of either role"),
+        (("a1.png", "a1.jpg", "b1.png"), ("a", "b"), "share a name"),
+    ],
+)
+def test_flat_folders_without_clear_pairs_are_refused(tmp_path, names, stems, message):
+    with pytest.raises(InputError, match=message):
+        list_flat_pairs(flat_folder(tmp_path, *names), *stems)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_written_and_read_back_to_half_a_step(suffix, tmp_path):
+    image = np.random.default_rng(0).uniform(0, 255, (9, 11, 3)).astype(np.float32)
+    image[0, 0], image[0, 1] = 300, -5  # clipped
+    path = tmp_path / f"image{suffix}"
+    write_image(path, image, bits=16)
+    np.testing.assert_allclose(read_colour(path), np.clip(image, 0, 255), atol=0.5 / 257 + 1e-4)
+    write_image(path, image[..., 0], bits=16)
+    np.testing.assert_allclose(read_grey(path), np.clip(image[..., 0], 0, 255), atol=0.5 / 257 + 1e-4)
+
+
+def test_a_format_without_sixteen_bits_and_nan_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no 16 bits"):
+        write_image(tmp_path / "image.jpg", np.zeros((4, 4)), bits=16)
+    with pytest.raises(InputError, match="NaN"):
+        write_image(tmp_path / "image.png", np.full((4, 4), np.nan), bits=16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_portable_anymaps_hold_what_they_can_and_nothing_is_written_that_they_cannot(tmp_path):
+    grey = np.arange(240, dtype=np.float32).reshape(12, 20)
+    colour = np.stack([grey, grey[::-1], grey], axis=-1)
+    for name, image in (("a.pgm", grey), ("b.ppm", grey), ("c.PPM", colour)):
+        write_image(tmp_path / name, image)
+        np.testing.assert_array_equal(
+            read_colour(tmp_path / name), np.broadcast_to(image.reshape(12, 20, -1), colour.shape)
+        )
+    for name, image in (("d.pgm", colour), ("e.pbm", grey)):
+        with pytest.raises(InputError, match=name):
+            write_image(tmp_path / name, image)
+        assert not (tmp_path / name).exists()
+
+
+def test_image_that_a_format_cannot_hold_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"66000x1 pixels do not fit .* use \.png"):
+        write_image(tmp_path / "wide.jpg", np.zeros((1, 66000), np.uint8))

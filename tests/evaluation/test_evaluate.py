@@ -1,0 +1,400 @@
+"""evaluate.py: from folders of fused images to tables, files and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+import evaluate
+from tests.conftest import write_pair
+from utils.common import ROOT
+from utils.data.images import list_pairs, read_grey, write_grey
+from utils.data.manifests import list_digest, make_manifest, pair_digest
+from utils.metrics import METRICS, PAPER_TABLE, score
+
+NAMES = ("01", "02", "b.x")
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """SMALL/{vi,ir} with three pairs, and two methods."""
+    for seed, name in enumerate(NAMES):
+        write_pair(tmp_path / "SMALL", ("vi", "ir"), f"{name}.png", seed, size=(43, 51))
+        vis, ir = (read_grey(tmp_path / "SMALL" / modality / f"{name}.png") for modality in ("vi", "ir"))
+        write_grey(tmp_path / "Maximum" / f"{name}.bmp", np.maximum(vis, ir))
+        write_grey(tmp_path / "Mixture" / f"{name}.png", 0.3 * vis + 0.7 * ir)
+    return tmp_path
+
+
+def run(capsys, *options):
+    code = evaluate.main([str(option) for option in ("--jobs", 1, *options)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def run_json(capsys, *options):
+    code, out, err = run(capsys, "--format", "json", *options)
+    return code, json.loads(out), err
+
+
+def sources(scene, name):
+    return [read_grey(scene / "SMALL" / modality / f"{name}.png") for modality in ("ir", "vi")]
+
+
+def means(scene, folder, suffix, protocol="paper", names=NAMES):
+    scores = [score(read_grey(scene / folder / f"{n}{suffix}"), *sources(scene, n), protocol) for n in names]
+    return {key: np.mean([values[key] for values in scores]) for key in PAPER_TABLE}
+
+
+def test_rows_are_the_means_of_the_scores_of_the_files(scene, capsys):
+    code, found, _ = run_json(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL")
+    assert code == 0
+    assert [row["method"] for row in found["rows"]] == ["Maximum", "Mixture"]
+    for row, suffix in zip(found["rows"], (".bmp", ".png"), strict=True):
+        assert row["mean"] == pytest.approx(means(scene, row["method"], suffix), rel=1e-12)
+        assert (row["protocol"], row["pairs"], row["excluded"]) == ("paper", 3, {})
+        assert row["images"] == make_manifest(scene / "SMALL")["images"]
+    assert found["rows"][0]["commit"] and found["numpy"] == np.__version__
+
+
+def test_exchanged_sources_and_more_processes_change_nothing(scene, capsys):
+    fused = ("--fused", scene / "Maximum", "--format", "csv")
+    first = run(capsys, *fused, "--ir", scene / "SMALL" / "ir", "--vi", scene / "SMALL" / "vi")
+    second = run(capsys, *fused, "--ir", scene / "SMALL" / "vi", "--vi", scene / "SMALL" / "ir", "--jobs", 2)
+    assert first[0] == second[0] == 0 and first[1] == second[1]
+
+
+def test_table_names_directions_protocol_pairs_images_and_commit(scene, capsys):
+    _, out, _ = run(
+        capsys,
+        "--fused",
+        scene / "Maximum",
+        "--data",
+        scene / "SMALL",
+        "--metrics",
+        "EN",
+        "MSE",
+        "--protocol",
+        "standard",
+    )
+    header, row, facts, about = out.splitlines()
+    assert header.split() == ["method", "protocol", "EN↑", "MSE↓"]
+    assert row.split()[:2] == ["Maximum", "standard"]
+    digest = make_manifest(scene / "SMALL")["images"][:12]
+    assert facts.startswith(f"protocol standard, 3 pairs, images {digest}, commit ")
+    assert about.startswith("standard: textbook")
+
+
+def test_baselines_are_the_sources_and_their_average(scene, capsys):
+    code, found, _ = run_json(capsys, "--baselines", "--data", scene / "SMALL", "--metrics", "SD", "MI")
+    assert code == 0
+    assert [(row["method"], row["baseline"]) for row in found["rows"]] == [
+        ("vi only", True), ("ir only", True), ("average", True),
+    ]  # fmt: skip
+    vis = [np.std(sources(scene, name)[1], dtype=np.float64) for name in NAMES]
+    assert found["rows"][0]["mean"]["SD"] == pytest.approx(np.mean(vis), rel=1e-9)
+    halves = [np.floor((sum(sources(scene, name)) / 2) + 0.5) for name in NAMES]
+    want = np.mean([np.std(half, dtype=np.float64) for half in halves])
+    assert found["rows"][2]["mean"]["SD"] == pytest.approx(want, rel=1e-9)
+
+
+def test_every_protocol_side_by_side(scene, capsys):
+    options = ("--fused", scene / "Mixture", "--data", scene / "SMALL", "--compare-protocols")
+    _, found, _ = run_json(capsys, *options)
+    assert [row["protocol"] for row in found["rows"]] == ["paper", "standard", "toolbox"]
+    for row in found["rows"]:
+        want = means(scene, "Mixture", ".png", row["protocol"])
+        assert (row["mean"].pop("SSIM") is None) == (row["protocol"] == "toolbox")
+        assert row["mean"] == pytest.approx({key: want[key] for key in row["mean"]}, rel=1e-12)
+    _, out, _ = run(capsys, *options)
+    for name in ("paper: ", "standard: ", "toolbox: "):
+        assert any(line.startswith(name) for line in out.splitlines())
+
+
+# --- what can be wrong -------------------------------------------------------------------------------------
+
+
+def test_missing_mismatched_and_damaged_images_are_named_and_the_rest_is_scored(scene, capsys):
+    (scene / "Mixture" / "01.png").unlink()
+    write_grey(scene / "Mixture" / "02.png", np.zeros((50, 51)))
+    (scene / "Maximum" / "b.x.bmp").write_bytes(b"")
+    write_grey(scene / "Maximum" / "03.bmp", np.zeros((43, 51)))
+    code, found, err = run_json(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL")
+    assert code == 2
+    assert f"Mixture: no fused image in {scene / 'Mixture'} for 01; left out" in err
+    assert "02.png is 51x50 but its sources are 51x43 (width x height)" in err
+    assert "b.x.bmp is not an image" in err
+    assert "Maximum: no sources for 03.bmp" in err
+    assert [row["pairs"] for row in found["rows"]] == [2, 1]
+    assert found["rows"][0]["mean"] == pytest.approx(means(scene, "Maximum", ".bmp", names=("01", "02")), rel=1e-12)
+
+
+def test_rows_about_different_images_are_said_to_be(scene, capsys):
+    (scene / "Mixture" / "01.png").unlink()
+    _, out, _ = run(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL")
+    assert "rows about different images cannot be compared" in out
+    digests = {n: pair_digest(*sources(scene, n)) for n in NAMES}
+    assert f"Maximum: protocol paper, 3 pairs, images {list_digest(digests.values())[:12]}" in out
+    assert f"Mixture: protocol paper, 2 pairs, images {list_digest([digests['02'], digests['b.x']])[:12]}" in out
+
+
+def test_a_bad_pair_of_sources_is_left_out_for_everybody(scene, capsys):
+    write_grey(scene / "SMALL" / "ir" / "02.png", np.zeros((10, 10)))
+    code, found, err = run_json(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--baselines")
+    assert code == 2 and "02.png is 51x43 but" in err and err.count("left out for every method") == 1
+    assert {row["pairs"] for row in found["rows"]} == {2}
+
+
+def test_a_pair_too_small_for_a_metric_has_no_value_there(scene, capsys):
+    code, found, err = run_json(
+        capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--metrics", "MS-SSIM", "EN"
+    )
+    assert code == 0 and "MS-SSIM needs sides of 161 pixels; no value for 01, 02, b.x" in err
+    assert found["rows"][0]["mean"]["MS-SSIM"] is None and found["rows"][0]["mean"]["EN"] > 0
+
+
+def test_colour_is_scored_by_the_documented_grey_rule(scene, capsys):
+    vis = cv2.imread(str(scene / "SMALL" / "vi" / "01.png"))
+    (scene / "Colour").mkdir()
+    cv2.imwrite(str(scene / "Colour" / "01.png"), vis)
+    _, found, _ = run_json(capsys, "--fused", scene / "Colour", "--data", scene / "SMALL", "--metrics", "SD")
+    grey = np.round(vis[..., 0] * 0.114 + vis[..., 1] * 0.587 + vis[..., 2] * 0.299)
+    # One pixel near a half may be rounded the other way in float32.
+    assert found["rows"][0]["mean"]["SD"] == pytest.approx(grey.std(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "{}/SMALL"], "nothing to score"),
+        (["--fused", "{}/Maximum"], "name the sources"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--ir", "{}/SMALL/ir"], "--data names both folders"),
+        (["--fused", "{}/Maximum", "--ir", "{}/SMALL/ir", "--vi", "{}/SMALL/ir"], "are the same folder"),
+        (["--fused", "{}/None", "--data", "{}/SMALL"], "no folder of fused images at"),
+        (["--fused", "{}/Maximum", "{}/Maximum", "--data", "{}/SMALL"], "are both called Maximum"),
+        (["--fused", "average={}/Maximum", "--baselines", "--data", "{}/SMALL"], "name of a baseline"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--metrics", "PI"], "--metrics: unknown PI"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--jobs", "0"], "--jobs must be 1 or more"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--digits", "99"], "--digits must be"),
+        (["--fused", "{}/Maximum", "{}/Mixture", "--data", "{}/SMALL", "--against", "PI"], "--against PI: no such row"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--against", "Maximum"], "no other method to test"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--compare-protocols", "--stats"], "choose one --protocol"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--stats", "--format", "csv"], "print text or JSON"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--results", "{}/r.csv", "--metrics", "EN"], "every metric"),
+        (
+            ["--fused", "{}/Maximum", "--data", "{}/SMALL", "--device", "cpu", "--metrics", "AG"],
+            "no torch version of AG",
+        ),
+        (["--verify-data", "{}"], "holds none of the published sets"),
+        (["--verify-data", "{}/nowhere"], "no folder at"),
+    ],
+)
+def test_wrong_options_get_one_line(scene, capsys, options, message):
+    code, out, err = run(capsys, *[option.format(scene) for option in options])
+    assert code == 2 and out == ""
+    assert message in err and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_a_folder_without_a_single_match_is_refused(scene, capsys):
+    write_grey(scene / "Other" / "z.png", np.zeros((43, 51)))
+    code, _, err = run(capsys, "--fused", scene / "Other", "--data", scene / "SMALL")
+    assert code == 2 and "share no image name" in err
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_called_like_the_set_takes_the_name_of_its_parent(scene, capsys):
+    shutil.copytree(scene / "Maximum", scene / "test_result" / "Max_weights" / "SMALL")
+    folder = scene / "test_result" / "Max_weights" / "SMALL"
+    _, found, _ = run_json(capsys, "--fused", folder, "--data", scene / "SMALL", "--metrics", "EN")
+    assert [row["method"] for row in found["rows"]] == ["Max_weights"]
+
+
+def test_methods_can_be_named(scene, capsys):
+    _, found, _ = run_json(capsys, "--fused", f"Our method={scene / 'Mixture'}", "--fused", scene / "Maximum",
+                           "--data", scene / "SMALL", "--metrics", "EN")  # fmt: skip
+    assert [row["method"] for row in found["rows"]] == ["Our method", "Maximum"]
+
+
+# --- formats and files -------------------------------------------------------------------------------------
+
+
+def test_best_is_bold_and_second_underlined_among_methods_only(scene, capsys, monkeypatch):
+    options = ("--fused", scene / "Maximum", scene / "Mixture", "--baselines", "--data", scene / "SMALL",
+               "--metrics", "SD", "MSE", "--digits", 1)  # fmt: skip
+    _, found, _ = run_json(capsys, *options)
+    sd, mse = ({row["method"]: row["mean"][key] for row in found["rows"]} for key in ("SD", "MSE"))
+    first = max(("Maximum", "Mixture"), key=sd.get)
+    near = min(("Maximum", "Mixture"), key=mse.get)
+    _, markdown, _ = run(capsys, *options, "--format", "md")
+    _, latex, _ = run(capsys, *options, "--format", "latex")
+    for name in ("Maximum", "Mixture"):
+        best, close = name == first, name == near
+        assert (f"**{sd[name]:.1f}**" if best else f"<u>{sd[name]:.1f}</u>") in markdown
+        assert (f"**{mse[name]:.1f}**" if close else f"<u>{mse[name]:.1f}</u>") in markdown
+        assert (rf"\textbf{{{sd[name]:.1f}}}" if best else rf"\underline{{{sd[name]:.1f}}}") in latex
+    assert markdown.count("**") == 4 and markdown.count("<u>") == 2  # no baseline is marked
+    assert r"\begin{tabular}{llrr}" in latex and r"SD$\uparrow$" in latex and r"MSE$\downarrow$" in latex
+    assert "% protocol paper, 3 pairs" in latex
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    _, out, _ = run(capsys, *options)
+    assert out.count("\x1b[1m") == 2 and out.count("\x1b[4m") == 2
+
+
+def test_csv_holds_unrounded_means_and_facts(scene, capsys):
+    _, out, _ = run(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--format", "csv")
+    (row,) = csv.DictReader(out.splitlines())
+    assert float(row["VIF"]) == pytest.approx(means(scene, "Maximum", ".bmp")["VIF"], rel=1e-14)
+    assert (row["method"], row["protocol"], row["pairs"]) == ("Maximum", "paper", "3")
+
+
+def test_per_image_file_holds_every_value(scene, capsys):
+    path = scene / "out" / "images.csv"
+    run(capsys, "--fused", scene / "Maximum", "--baselines", "--data", scene / "SMALL", "--per-image", path)
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 4 * 3
+    want = score(read_grey(scene / "Maximum" / "b.x.bmp"), *sources(scene, "b.x"))
+    found = next(row for row in rows if (row["method"], row["image"]) == ("Maximum", "b.x"))
+    assert {key: float(found[key]) for key in PAPER_TABLE} == {key: want[key] for key in PAPER_TABLE}
+    assert next(row for row in rows if row["method"] == "vi only")["SCD"] == ""
+
+
+def test_images_of_another_list_are_named_as_such(scene, capsys):
+    for name in NAMES[:2]:
+        write_grey(scene / "Maximum" / f"{name}.bmp", np.zeros((50, 60)))
+    code, _, err = run(capsys, "--data", scene / "SMALL", "--fused", scene / "Maximum", scene / "Mixture")
+    assert (
+        code == 2 and "Maximum: 2 of 3 images have not the size of the sources" in err and "results/manifests/" in err
+    )
+    assert "Mixture: " not in err
+
+
+def test_results_are_added_and_replaced_but_never_mixed(scene, capsys):
+    path = scene / "results.csv"
+    common = ("--data", scene / "SMALL", "--results", path)
+    assert run(capsys, "--fused", scene / "Maximum", *common)[0] == 0
+    assert run(capsys, "--fused", scene / "Mixture", *common)[0] == 0
+    assert run(capsys, "--fused", f"Maximum={scene / 'Mixture'}", *common)[0] == 0  # replaced in its place
+    assert run(capsys, "--fused", scene / "Maximum", *common, "--protocol", "standard")[0] == 0
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["method"], row["protocol"]) for row in rows] == [
+        ("Maximum", "paper"), ("Mixture", "paper"), ("Maximum", "standard"),
+    ]  # fmt: skip
+    assert set(METRICS) < set(rows[0])
+    assert rows[0]["VIF"] == rows[1]["VIF"] == f"{means(scene, 'Mixture', '.png')['VIF']:.6g}"
+    before = path.read_bytes()
+    (scene / "Maximum" / "01.bmp").unlink()
+    code, _, err = run(capsys, "--fused", scene / "Maximum", *common)
+    assert code == 2 and "rows about different images" in err and path.read_bytes() == before
+    path.write_text("a,b\n1,2\n")
+    code, _, err = run(capsys, "--fused", scene / "Mixture", *common)
+    assert code == 2 and "is not a file of results" in err and path.read_text() == "a,b\n1,2\n"
+
+
+def test_statistics_are_printed_and_in_json(scene, capsys):
+    options = (
+        "--fused",
+        scene / "Maximum",
+        scene / "Mixture",
+        "--data",
+        scene / "SMALL",
+        "--stats",
+        "--against",
+        "Mixture",
+    )
+    _, out, _ = run(capsys, *options)
+    for part in ("95 % interval of the mean", "mean rank, 1 is best", "against Mixture", "Wilcoxon"):
+        assert part in out
+    _, found, _ = run_json(capsys, *options)
+    assert found["against"] == "Mixture" and len(found["comparisons"]) == len(PAPER_TABLE)
+    assert found["mean_ranks"]["Maximum"].keys() == set(PAPER_TABLE)
+    low, high = found["intervals"]["Maximum"]["EN"]
+    assert low <= found["rows"][0]["mean"]["EN"] <= high
+
+
+def test_plots_are_pictures(scene, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib comes with requirements-dev.txt")
+    code, _, err = run(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL",
+                       "--metrics", "EN", "SCD", "--baselines", "--plot", scene / "plots")  # fmt: skip
+    assert code == 0 and "ranks.png" in err
+    for name in ("boxplots.png", "ranks.png"):
+        picture = cv2.imread(str(scene / "plots" / name))
+        assert picture is not None and picture.std() > 10
+
+
+def test_without_matplotlib_there_is_one_clear_line(scene, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--plot", scene / "plots")
+    assert code == 2 and err.splitlines()[-1].endswith("pip install matplotlib")
+
+
+def test_torch_scores_the_same(scene, capsys):
+    options = ("--fused", scene / "Maximum", "--data", scene / "SMALL")
+    _, numpy_, _ = run_json(capsys, *options)
+    _, torch_, _ = run_json(capsys, *options, "--device", "cpu")
+    assert torch_["rows"][0]["mean"] == pytest.approx(numpy_["rows"][0]["mean"], rel=1e-6)
+
+
+def test_every_metric_is_described(capsys):
+    code, out, _ = run(capsys, "--list-metrics")
+    assert code == 0
+    for key, metric in METRICS.items():
+        assert f"{key}: " in out and metric.reference in out
+    assert "nats, bits under toolbox; higher is better; range 0 to 11.0904; smallest side 1\n" in out
+
+
+# --- published data ----------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_published_set_is_recognised(fusion_data, tmp_path, capsys):
+    shutil.copytree(fusion_data / "test_img" / "MRI_CT", tmp_path / "MRI_CT")
+    code, out, _ = run(capsys, "--verify-data", tmp_path)
+    assert code == 0 and "MRI_CT: the published images: 42 of 42 files as published" in out
+    assert f"TNO: not in {tmp_path}" in out
+    pair = list_pairs(tmp_path / "MRI_CT" / "MRI", tmp_path / "MRI_CT" / "CT").pairs[0]
+    write_grey(pair.vis, 255 - read_grey(pair.vis))
+    code, out, _ = run(capsys, "--verify-data", tmp_path)
+    assert code == 2 and f"NOT the published set: 41 of 42 files as published; 1 different: MRI/{pair.vis.name}" in out
+
+
+def test_a_row_of_results_is_what_the_command_beside_it_prints(fusion_data, tmp_path, capsys):
+    folder = fusion_data / "test_img" / "MRI_CT"
+    code, _, _ = run(capsys, "--baselines", "--data", folder, "--results", tmp_path / "MRI_CT.csv")
+    assert code == 0
+    kept, again = (
+        list(csv.DictReader(path.open())) for path in (ROOT / "results" / "MRI_CT.csv", tmp_path / "MRI_CT.csv")
+    )
+    kept = {(row["method"], row["protocol"]): row for row in kept}
+    assert len(again) == 3
+    for row in again:
+        old = kept[row["method"], row["protocol"]]
+        assert (old["pairs"], old["images"]) == (row["pairs"], row["images"])
+        for key in METRICS:
+            assert (old[key] == "") == (row[key] == "")
+            if row[key]:  # kept with six digits
+                assert float(old[key]) == pytest.approx(float(row[key]), rel=1e-5)
+
+
+def test_the_toolbox_rows_are_what_matlab_printed(fusion_data):
+    with (fusion_data / "other_methods" / "TNO42" / "matlab_toolbox.csv").open(newline="") as file:
+        printed = list(csv.DictReader(file))
+    rows = {
+        row["method"]: row
+        for row in csv.DictReader((ROOT / "results" / "TNO42.csv").open())
+        if row["protocol"] == "toolbox"
+    }
+    columns = {"EN": "EN", "SF_01": "SF", "AG": "AG", "MSE_01": "MSE", "CC": "CC", "SCD": "SCD"}
+    for method in ("DenseFuse", "SeAFusion", "U2Fusion"):
+        for theirs, ours in columns.items():
+            values = [float(row[theirs]) for row in printed if row["method"] == method]
+            assert len(values) == 42
+            assert float(rows[method][ours]) == pytest.approx(np.mean(values), rel=1e-5)  # kept with six digits

@@ -1,0 +1,102 @@
+"""Two arrays in, one array out: conversion, stretching, device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.inference import operations_per_pixel
+from utils.common import InputError
+from utils.inference import fusing
+from utils.inference.fusing import fuse_arrays, pick_device, stretch, to_levels, to_network
+from zoo.cddfuse import CDDFuseSystem
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return CDDFuseSystem().eval()
+
+
+def test_conversion_to_the_network_and_back_keeps_every_level():
+    levels = np.arange(256, dtype=np.float32).reshape(16, 16)
+    tensor = to_network(levels)
+    assert tensor.shape == (1, 1, 16, 16) and tensor.max() == 1
+    np.testing.assert_array_equal(np.floor(to_levels(tensor) + 0.5), levels)
+
+
+def test_stretch_is_of_each_image():
+    images = torch.stack([torch.linspace(0.2, 0.4, 12), torch.linspace(0.5, 0.9, 12)]).view(2, 1, 3, 4)
+    stretched = stretch(images)
+    assert stretched.amin(dim=(1, 2, 3)).tolist() == [0, 0] and stretched.amax(dim=(1, 2, 3)).tolist() == [1, 1]
+
+
+def test_constant_image_is_left_as_it_is_instead_of_nan():
+    assert stretch(torch.full((1, 1, 3, 3), 0.4)).eq(0.4).all()
+
+
+def test_fused_image_has_the_size_of_the_sources_and_the_full_range(model):
+    rng = np.random.default_rng(0)
+    vis, ir = rng.uniform(0, 255, (2, 11, 17)).astype(np.float32)
+    fused = fuse_arrays(model, vis, ir, "vis")
+    assert fused.shape == (11, 17) and fused.min() == 0 and fused.max() == 255
+    plain = fuse_arrays(model, vis, ir, "vis", normalise=False)
+    np.testing.assert_allclose((plain - plain.min()) / np.ptp(plain) * 255, fused, atol=1e-3)  # float32 at 255
+    coarse = fuse_arrays(model, vis, ir, "vis", normalise=False, precision="bfloat16")
+    assert 0 < np.abs(coarse - plain).mean() < 0.5
+
+
+def test_too_small_images_are_refused_by_name(model):
+    with pytest.raises(InputError, match="at least 2 pixels"):
+        fuse_arrays(model, np.zeros((1, 9), np.float32), np.zeros((1, 9), np.float32), "vis")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_it", "wanted", "warned"),
+    [
+        ("auto", True, "bfloat16", False),
+        ("auto", False, "float32", False),
+        ("bfloat16", True, "bfloat16", False),
+        ("bfloat16", False, "bfloat16", True),
+        ("float32", False, "float32", False),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_there_are_instructions_for_it(name, has_it, wanted, warned, monkeypatch, capsys):
+    monkeypatch.setattr(fusing, "has_bfloat16", lambda device: has_it)
+    assert fusing.pick_precision(name, torch.device("cpu")) == wanted
+    assert ("float32 is much faster" in capsys.readouterr().err) == warned
+
+
+def test_whether_there_is_bfloat16_can_be_asked_of_this_processor():
+    assert isinstance(fusing.has_bfloat16(torch.device("cpu")), bool)
+
+
+def test_device_is_checked_before_use():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InputError, match="--device cpu"):
+        pick_device("nonsense")
+
+
+def test_each_process_asks_its_own_gpu_alone(monkeypatch):
+    asked, make = [], torch.zeros
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: asked.append(device) or make(*size))
+    assert pick_device("cuda") == torch.device("cuda:3") and asked == [torch.device("cuda:3")]
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_float32_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_operations_of_the_benchmark_are_those_that_torch_counts(model):
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.fuse(torch.rand(1, 1, 96, 96), torch.rand(1, 1, 96, 96))
+    # torch counts no squares, but q k^T between heads as well, and composing the base convolutions.
+    assert operations_per_pixel(model) * 96 * 96 == pytest.approx(counter.get_total_flops(), rel=0.08)

@@ -1,0 +1,249 @@
+"""A training survives whatever ends it: kills, signals, limits of time, damaged files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from utils.data.patches import PatchWriter
+from utils.inference.checkpoint import read_file
+from utils.training import loop
+from utils.training.loop import Run, Stop
+from zoo import Stage
+from zoo.cddfuse import CDDFuseSystem
+
+KILLS = 20
+
+
+@pytest.fixture
+def patch_file(tmp_path):
+    y, x = np.mgrid[:48, :48]
+    waves = 127 + 100 * np.sin(0.5 * x + 0.3 * y + np.arange(6)[:, None, None])
+    with PatchWriter(tmp_path / "patches.h5", 48) as writer:
+        writer.add(waves, 255 - waves)
+        writer.hold_out("one.png", waves[0], 255 - waves[1])
+    return tmp_path / "patches.h5"
+
+
+def arguments(patch_file, out, *options):
+    return ["--data", str(patch_file), "--out", str(out), "--device", "cpu", "--crop", "8", "--flips", "--ema", "0.9",
+            "--batch-size", "2", "--stage1-epochs", "2", "--stage2-epochs", "2", "--epoch-batches", "6",
+            "--recipe", "published", "--validate-every", "0", *options]  # fmt: skip
+
+
+def trained(out):
+    """All weights and the losses of every epoch of a run."""
+    saved = read_file(out / "last.pt")
+    losses = [json.loads(line)["losses"] for line in (out / "log.jsonl").read_text().splitlines()]
+    return {**saved["model"], **{f"ema {i}": value for i, value in enumerate(saved["ema"])}}, losses
+
+
+def assert_same_run(first, second):
+    (weights, losses), (others, other_losses) = trained(first), trained(second)
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        assert torch.equal(value, others[key]), key
+    assert losses == other_losses
+
+
+def child(argv):
+    torch.set_num_threads(1)
+    raise SystemExit(train.main(argv))
+
+
+def test_run_killed_twenty_times_ends_bit_for_bit_like_the_straight_one(patch_file, tmp_path):
+    # A server that has torch loaded forks each of the runs: a start costs nothing then.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "zoo.cddfuse"])
+    rng = random.Random(0)
+
+    def start(out, *options):
+        process = context.Process(target=child, args=(arguments(patch_file, out, *options),))
+        process.start()
+        return process
+
+    straight = start(tmp_path / "straight")
+    straight.join()
+    assert straight.exitcode == 0
+
+    last = tmp_path / "killed/last.pt"
+    stamp = lambda: last.stat().st_mtime_ns if last.exists() else 0  # noqa: E731
+    done = 0
+    for _ in range(KILLS):
+        process = start(tmp_path / "killed", "--resume", "auto", "--save-every-minutes", "0")
+        before = stamp()
+        # After one new checkpoint, so that 24 steps outlast 20 kills, at any moment of the next step or saving.
+        while process.is_alive() and stamp() == before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        done += process.exitcode == -signal.SIGKILL
+    assert done >= KILLS // 2  # a fast machine may finish before the last kills
+    final = start(tmp_path / "killed", "--resume", "auto")
+    final.join()
+    assert final.exitcode == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_saves_and_has_its_own_exit_code(patch_file, tmp_path, monkeypatch, capsys, number):
+    argv = arguments(patch_file, tmp_path / "run")
+    before = signal.getsignal(number)  # ignored, where the tests run in the background of a shell
+    assert train.main(arguments(patch_file, tmp_path / "straight")) == 0
+    step = Run.train_step
+
+    def signalled(self, *args):
+        if self.step == 8:
+            os.kill(os.getpid(), number)
+        step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "train_step", signalled)
+        assert train.main(argv) == train.EXIT_UNFINISHED == 75
+    error = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name}" in error and "--resume auto" in error
+    assert read_file(tmp_path / "run/last.pt")["step"] == 9
+    assert signal.getsignal(number) is before
+    assert train.main([*argv, "--resume", "auto"]) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_second_ctrl_c_ends_at_once(patch_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stop, "TOGETHER_S", 0)  # tests/test_train_faults.py has those that come together
+
+    def impatient(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    monkeypatch.setattr(Run, "train_step", impatient)
+    assert train.main(arguments(patch_file, tmp_path / "run")) == 130
+
+
+def test_limit_of_time_stops_and_saves(patch_file, tmp_path, capsys):
+    assert train.main(arguments(patch_file, tmp_path / "run", "--max-minutes", "1e-6")) == 75
+    assert "stopped by --max-minutes" in capsys.readouterr().err
+    assert read_file(tmp_path / "run/last.pt")["step"] == 1
+
+
+@pytest.fixture
+def stopped(patch_file, tmp_path):
+    """A run of at least two checkpoints that was stopped after nine steps, and its arguments."""
+    argv = arguments(patch_file, tmp_path / "run", "--save-every-minutes", "0")
+    step = Run.train_step
+
+    def ends(self, *args):
+        if self.step == 9:
+            raise KeyboardInterrupt
+        step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "train_step", ends)
+        assert train.main(argv) == 130
+    return tmp_path / "run", argv
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, patch_file, tmp_path, capsys):
+    out, argv = stopped
+    content = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(content[: len(content) // 2])
+    capsys.readouterr()
+    assert train.main([*argv, "--resume", "auto"]) == 0
+    printed = capsys.readouterr()
+    assert "truncated or damaged" in printed.err and "Going on with" in printed.err
+    assert "previous.pt" in printed.out
+    train.main(arguments(patch_file, tmp_path / "straight"))
+    assert_same_run(tmp_path / "straight", out)
+
+
+def test_two_damaged_checkpoints_are_an_error_and_nothing_is_overwritten(stopped, capsys):
+    out, argv = stopped
+    for name in ("last.pt", "previous.pt"):
+        (out / name).write_bytes(b"PK damaged")
+    capsys.readouterr()
+    assert train.main([*argv, "--resume", "auto"]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert (out / "last.pt").read_bytes() == b"PK damaged"
+
+
+def test_changed_options_need_force(stopped, capsys):
+    out, argv = stopped
+    capsys.readouterr()
+    changed = [*argv, "--resume", "auto", "--learning-rate", "1e-3", "--batch-size", "4"]
+    assert train.main(changed) == 2
+    error = capsys.readouterr().err
+    assert "learning_rate 0.0001 -> 0.001" in error and "batch_size 2 -> 4" in error and "--force" in error
+    assert train.main([*changed, "--force"]) == 0
+    assert "options changed" in capsys.readouterr().err
+    assert read_file(out / "CDDFuse_IVF.pth")["about"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("enough_for", "has_bfloat16", "advice"),
+    [
+        (2, False, "--batch-size 2 fits"),
+        (0, False, "try a smaller --batch-size or --crop\n"),
+        (0, True, "try a smaller --batch-size or --crop, or --precision bfloat16\n"),
+    ],
+)
+def test_too_little_memory_names_what_would_fit(
+    enough_for, has_bfloat16, advice, patch_file, tmp_path, monkeypatch, capsys
+):
+    stages = CDDFuseSystem.stages
+    monkeypatch.setattr(loop, "has_bfloat16", lambda device: has_bfloat16)
+
+    def hungry(self, options, task):
+        def losses(batch):
+            if len(batch.vis) > enough_for:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return first.losses(batch)
+
+        first, *rest = stages(self, options, task)
+        return [Stage(first.name, first.epochs, first.networks, losses), *rest]
+
+    monkeypatch.setattr(CDDFuseSystem, "stages", hungry)
+    assert train.main(arguments(patch_file, tmp_path / "run", "--batch-size", "8")) == 2
+    assert advice in capsys.readouterr().err
+
+
+def test_held_out_pairs_choose_the_best_weights_and_are_shown(patch_file, tmp_path, monkeypatch):
+    losses = iter([0.5, 0.3, 0.4])
+    validate = train.validate
+
+    def scripted(model, stage, task, pairs, precision):
+        found = validate(model, stage, task, pairs, precision)
+        assert [pair.name for pair in pairs] == ["one.png"] and found.losses["total"] > 0
+        return found._replace(losses={**found.losses, "total": next(losses)})
+
+    monkeypatch.setattr(train, "validate", scripted)
+    out = tmp_path / "run"
+    argv = arguments(patch_file, out, "--stage1-epochs", "0", "--stage2-epochs", "3", "--epoch-batches", "1")
+    assert train.main([*argv, "--validate-every", "1"]) == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["validation"]["losses"]["total"] for line in lines] == [0.5, 0.3, 0.4]
+    assert set(lines[0]["validation"]["metrics"]) == {"EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM"}
+    best = read_file(out / "CDDFuse_IVF_best.pth")["about"]
+    assert (best["epochs"], best["validation_loss"]) == (2, 0.3)
+    assert sorted(path.name for path in (out / "panels").iterdir()) == [f"epoch_000{i}.png" for i in (1, 2, 3)]
+
+
+def test_curves_for_tensorboard_hold_every_term(patch_file, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.main(arguments(patch_file, tmp_path / "run", "--stage1-epochs", "1", "--stage2-epochs", "0"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"losses/total", "losses/cc_base", "losses/reconstruction_vis", "patches_per_second"} <= names
+    assert {"learning_rates/encoder", "gradient_norms/decoder"} <= names
+    assert [event.step for event in events.Scalars("losses/total")] == [1, 2, 3, 4, 5, 6]

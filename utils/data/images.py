@@ -1,0 +1,398 @@
+"""Image files <-> arrays: the published grey rule, 8-bit writing, colour, and pairs of files by name.
+
+An image array here is (H, W) float32 grey levels in [0, 255], a colour image (H, W, 3), red first, in the same range.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from utils.common import InputError, listed, whole_file
+
+SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm .webp".split())
+DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
+_GAP = 4  # pixels of white between images that are shown together
+
+# Sub-folders of a data set, (visible or MRI, infrared or CT/PET/SPECT), in the order they are looked for.
+MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"), ("img1", "img2"))
+
+
+def read_grey(path: Path | str) -> np.ndarray:
+    """Grey levels of an image file by the rule behind the published tables.
+
+    Colour is decoded first and turned to grey as floats, 0.299 R + 0.587 G + 0.114 B, then rounded half to
+    even. OpenCV's own grey reading differs from it in up to 6 % of the pixels of false-colour PET files.
+    EXIF orientation is applied. 16-bit files are scaled to [0, 255] and not rounded, so that no depth is
+    lost: 65535 becomes 255 and one 16-bit level 0.0039.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF or portable anymap file of 8 or 16 bits.
+
+    Returns:
+        float32 (H, W) in [0, 255].
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: not an image, damaged, or neither 8 nor 16 bits deep.
+    """
+    luma, depth = _read_luma(Path(path))
+    return np.round(luma) if depth == 8 else luma
+
+
+def read_luma(path: Path | str) -> np.ndarray:
+    """As `read_grey`, without the rounding: what the published training reads. float32 (H, W) in [0, 255]."""
+    return _read_luma(Path(path))[0]
+
+
+def read_colour(path: Path | str) -> np.ndarray:
+    """Colours of an image file, float32 (H, W, 3), red first, in [0, 255]; three equal channels for a grey file.
+
+    16-bit files are scaled and not rounded.
+
+    Raises:
+        FileNotFoundError, InputError: as `read_grey`.
+    """
+    bgr = _decode(Path(path))
+    scale = np.float32(255 / 65535) if bgr.dtype == np.uint16 else np.float32(1)
+    return bgr[..., ::-1].astype(np.float32) * scale
+
+
+def grey_of_frame(bgr: np.ndarray) -> np.ndarray:
+    """Grey levels of a decoded 8-bit image, (H, W, 3) blue first, by the rule of `read_grey`: float32 (H, W)."""
+    return np.round(_luma(bgr))
+
+
+def grey_of(image: np.ndarray) -> np.ndarray:
+    """Grey levels of an 8-bit image, by the rule of `read_grey`: (H, W), or (H, W, 3), red first -> float32 (H, W)."""
+    return image.astype(np.float32) if image.ndim == 2 else np.round(luma_of(image))
+
+
+def luma_of(image: np.ndarray) -> np.ndarray:
+    """What `read_luma` reads of colours: (..., H, W, 3), red first -> float32 (..., H, W), in the same range."""
+    bgr = image[..., ::-1].reshape(-1, image.shape[-2], 3)  # any number of images is one high one
+    return _luma(bgr).reshape(image.shape[:-1])
+
+
+def _luma(bgr: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
+
+
+def _read_luma(path: Path) -> tuple[np.ndarray, int]:
+    bgr = _decode(path)
+    luma = _luma(bgr)
+    if bgr.dtype == np.uint16:
+        return luma * np.float32(255 / 65535), 16
+    return luma, 8
+
+
+def _decode(path: Path) -> np.ndarray:
+    encoded = np.fromfile(path, dtype=np.uint8)  # not cv2.imread: it cannot open every unicode path
+    try:
+        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error:  # an empty buffer, or a header that promises more pixels than OpenCV allows
+        bgr = None
+    if bgr is None or bgr.dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            f"{path} is not an image of 8 or 16 bits that OpenCV can read ({encoded.size} bytes); "
+            "replace it, convert it, or remove it"
+        )
+    return bgr
+
+
+def to_uint8(image: np.ndarray, truncate: bool = False) -> np.ndarray:
+    """Levels rounded half up and clipped to 0..255.
+
+    Args:
+        image: levels in [0, 255], any shape.
+        truncate: round down instead, as several published test scripts do: 0.5 levels darker on average.
+
+    Raises:
+        InputError: a pixel is not finite: NaN would silently become 0.
+    """
+    _check_finite(image)
+    return np.clip(np.floor(image if truncate else image + 0.5), 0, 255).astype(np.uint8)
+
+
+def to_uint16(image: np.ndarray) -> np.ndarray:
+    """Levels in [0, 255] -> 0..65535, 257 a level, rounded half up and clipped: what `read_grey` undoes.
+
+    Raises:
+        InputError: a pixel is not finite.
+    """
+    _check_finite(image)
+    return np.clip(np.floor(image * np.float64(257) + 0.5), 0, 65535).astype(np.uint16)
+
+
+def _check_finite(image: np.ndarray) -> None:
+    if not np.isfinite(image).all():
+        raise InputError(f"an image of shape {image.shape} holds NaN or infinite pixels; it was not written")
+
+
+def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
+    """Writes (H, W) grey levels as a file of 8 or 16 bits, rounded half up and clipped, whole or not at all.
+
+    Args:
+        path: target; the suffix chooses the format. Folders are made.
+        image: (H, W) in [0, 255].
+        truncate: round down to 8 bits; see `to_uint8`.
+        bits: 8, or 16 for PNG and TIFF.
+
+    Raises:
+        InputError: the array is not (H, W), holds NaN, or the format is unknown or has no 16 bits.
+    """
+    path = Path(path)
+    if image.ndim != 2:
+        raise InputError(f"{path}: a grey image must be (H, W), got {image.shape}")
+    check_format(path, bits)
+    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
+
+
+def write_colour(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
+    """Writes (H, W, 3) colours, red first, as 8 or 16 bits, rounded half up and clipped, whole or not at all.
+
+    Arguments as of `write_grey`.
+
+    Raises:
+        InputError: the array is not (H, W, 3), holds NaN, or the format is unknown or has no 16 bits.
+    """
+    path = Path(path)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"{path}: a colour image must be (H, W, 3), got {image.shape}")
+    check_format(path, bits)
+    image = image[..., ::-1]
+    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
+
+
+def write_image(path: Path | str, image: np.ndarray, *, truncate: bool = False, bits: int = 8) -> None:
+    """`write_grey` for (H, W), `write_colour` for everything else."""
+    (write_grey if image.ndim == 2 else write_colour)(path, image, truncate, bits)
+
+
+def check_format(path: Path, bits: int = 8) -> None:
+    """Whether a file of that name can be written with so many bits.
+
+    Raises:
+        InputError: it cannot; the formats that can are named.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(SUFFIXES))}")
+    if path.suffix.lower() == ".pbm":
+        raise InputError(f"{path}: this format has black and white alone; use .pgm or .png")
+    if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
+        raise InputError(f"{path}: this format has no 16 bits; use one of {' '.join(sorted(DEEP_SUFFIXES))}")
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
+    suffix = path.suffix.lower()
+    if suffix == ".ppm" and pixels.ndim == 2:  # this one format has no grey images
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    if suffix == ".pgm" and pixels.ndim == 3:
+        raise InputError(f"{path}: this format has no colours; use .ppm or .png")
+    done, encoded = cv2.imencode(suffix, pixels)
+    if not done:
+        raise InputError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels do not fit into this format; use .png")
+    with whole_file(path) as temporary:
+        encoded.tofile(temporary)
+
+
+def is_coloured(image: np.ndarray) -> bool:
+    """Whether the channels of a colour image differ anywhere."""
+    return bool((image != image[..., :1]).any())
+
+
+def chroma(image: np.ndarray) -> np.ndarray:
+    """Blue and red difference, Cb and Cr without their offset: (H, W, 3) colours -> (H, W, 2), 0 where grey.
+
+    Full range, BT.601 (the rule of JPEG files): luma as `read_luma`, Cb = (B - luma) / 1.772 and
+    Cr = (R - luma) / 1.402, each in [-127.5, 127.5].
+    """
+    luma = image @ np.float32([0.299, 0.587, 0.114])
+    return (image[..., [2, 0]] - luma[..., None]) / np.float32([1.772, 1.402])
+
+
+def with_colour_of(grey: np.ndarray, *sources: np.ndarray) -> np.ndarray:
+    """A fused grey image with the colours of its sources: the inverse of `chroma`, also in full range.
+
+    Where several sources have colour, each difference is their average weighted by its own size, so that the more
+    saturated source has its way; grey sources have no say.
+
+    Args:
+        grey: the fused luma, (H, W) in [0, 255].
+        sources: colour images (H, W, 3).
+
+    Returns:
+        float32 (H, W, 3), beyond [0, 255] where a colour cannot be as bright or as dark as the luma asks for.
+    """
+    differences = np.stack([chroma(source) for source in sources])
+    sizes = np.abs(differences)
+    blue, red = np.moveaxis((differences * sizes).sum(axis=0) / np.maximum(sizes.sum(axis=0), 1e-6), -1, 0)
+    r, b = grey + np.float32(1.402) * red, grey + np.float32(1.772) * blue
+    g = (grey - np.float32(0.299) * r - np.float32(0.114) * b) / np.float32(0.587)
+    return np.stack([r, g, b], axis=-1)
+
+
+def side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one height in a row, with gaps of white: uint8 (H, W), or (H, W, 3) where one of them has colour."""
+    if any(image.ndim == 3 for image in images):
+        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
+    gap = np.full((images[0].shape[0], _GAP, *images[0].shape[2:]), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
+
+
+def one_below_another(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one kind and any width, uint8, each with a gap of white below and filled up with white."""
+    width = max(row.shape[1] for row in rows)
+    padding = [((0, _GAP), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    rows = [np.pad(row, sides[: row.ndim], constant_values=255) for row, sides in zip(rows, padding, strict=True)]
+    return np.concatenate(rows)
+
+
+class Pair(NamedTuple):
+    """Two files of one scene: `vis` is visible or MRI, `ir` is infrared, CT, PET or SPECT."""
+
+    name: str
+    vis: Path
+    ir: Path
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both images as grey levels, vis first.
+
+        Raises:
+            InputError: as `read_grey`, or the two sizes differ.
+        """
+        vis, ir = read_grey(self.vis), read_grey(self.ir)
+        check_same_size(self, vis, ir)
+        return vis, ir
+
+
+def check_same_size(pair: Pair, vis: np.ndarray, ir: np.ndarray) -> None:
+    if vis.shape[:2] != ir.shape[:2]:
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
+        raise InputError(
+            f"{pair.vis} is {sizes[0]} but {pair.ir} is {sizes[1]} (width x height); "
+            "a pair must be aligned and of one size: resize or crop one of the two files"
+        )
+
+
+@dataclass(frozen=True)
+class PairList:
+    """Pairs of two folders by file stem, sorted by name, and the file names that have no partner."""
+
+    pairs: tuple[Pair, ...]
+    only_vis: tuple[str, ...]
+    only_ir: tuple[str, ...]
+
+    def unmatched(self) -> str:
+        """One line naming the files without a partner, empty when there are none."""
+        sides = [(self.only_vis, "infrared (or CT/PET/SPECT)"), (self.only_ir, "visible (or MRI)")]
+        return "; ".join(f"no {missing} partner for {listed(names)}" for names, missing in sides if names)
+
+
+def list_pairs(vis_folder: Path | str, ir_folder: Path | str) -> PairList:
+    """Pairs the images of two folders by file name without its last suffix.
+
+    Other files and sub-folders are ignored, hidden files too.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        InputError: two images of a folder share a stem, or not a single pair is found.
+    """
+    vis, ir = _images_by_stem(Path(vis_folder)), _images_by_stem(Path(ir_folder))
+    found = PairList(
+        pairs=tuple(Pair(stem, vis[stem], ir[stem]) for stem in sorted(vis.keys() & ir.keys())),
+        only_vis=tuple(vis[stem].name for stem in sorted(vis.keys() - ir.keys())),
+        only_ir=tuple(ir[stem].name for stem in sorted(ir.keys() - vis.keys())),
+    )
+    if not found.pairs:
+        raise InputError(
+            f"{vis_folder} and {ir_folder} share no image name ({len(vis)} and {len(ir)} images); "
+            "the two files of a pair need the same name, such as vi/01.png and ir/01.png"
+        )
+    return found
+
+
+def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList:
+    """Pairs the images of one folder by their numbers: `mrict7.png` with `ct7.png` for the stems `mrict` and `ct`.
+
+    A pair is called by its number, and pairs are in the order of the numbers. Files with other stems are ignored.
+
+    Args:
+        folder: holds both images of every pair.
+        vis_stem: what comes before the number in visible (or MRI) files.
+        ir_stem: the same for infrared (or CT, PET, SPECT) files.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        InputError: the stems are equal, a file fits both, or not a single pair is found.
+    """
+    images = _images_by_stem(Path(folder))
+
+    def numbered(stem: str) -> dict[str, Path]:
+        names = [name for name in images if re.fullmatch(re.escape(stem) + "[0-9]+", name)]
+        return {name.removeprefix(stem): images[name] for name in names}
+
+    vis, ir = numbered(vis_stem), numbered(ir_stem)
+    either = set(vis.values()) & set(ir.values())
+    if either:
+        raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
+    numbers = sorted(vis.keys() & ir.keys(), key=lambda number: (int(number), number))
+    if not numbers:
+        present = {re.sub("[0-9]+$", "", name) for name in images if name[-1:].isdigit()}
+        raise InputError(
+            f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
+        )
+    return PairList(
+        pairs=tuple(Pair(number, vis[number], ir[number]) for number in numbers),
+        only_vis=tuple(vis[number].name for number in sorted(vis.keys() - ir.keys())),
+        only_ir=tuple(ir[number].name for number in sorted(ir.keys() - vis.keys())),
+    )
+
+
+def known_modalities() -> str:
+    """The pairs of sub-folders that a data set may have, for a message."""
+    return ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
+
+
+def modalities_in(folder: Path) -> list[tuple[Path, Path]]:
+    """Every known combination of sub-folders that a folder holds, visible or MRI first."""
+    both = [(folder / vis, folder / ir) for vis, ir in MODALITIES]
+    return [(vis, ir) for vis, ir in both if vis.is_dir() and ir.is_dir()]
+
+
+def find_modalities(folder: Path | str) -> tuple[Path, Path]:
+    """The two sub-folders of a data set: (visible or MRI, infrared or CT/PET/SPECT).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds none of the known combinations; they are named.
+        InputError: it holds several.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    found = modalities_in(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known_modalities()}")
+    if len(found) > 1:
+        several = "; ".join(f"{vis.name}/ with {ir.name}/" for vis, ir in found)
+        raise InputError(f"{folder} holds more than one set ({several}); give each a folder of its own")
+    return found[0]
+
+
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no image folder at {folder}")
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
+            continue
+        if path.stem in images:
+            raise InputError(f"{path} and {images[path.stem]} share a name, so their partner is unclear; remove one")
+        images[path.stem] = path
+    return images

@@ -1,0 +1,147 @@
+"""Which images a table is about: digests of grey images, and lists of published sets (`manifests/*.json`).
+
+A digest is taken of the grey levels as they are scored, not of the file, so that a copy in another lossless format
+counts as the same image. JPEG decoders differ by a level here and there; such a copy is another image, and gets
+other scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.common import ROOT, InputError, file_sha256, listed, whole_file
+from utils.data.images import SUFFIXES, find_modalities, list_pairs, read_grey
+
+FOLDER = ROOT / "results" / "manifests"
+SHOWN = 12  # hexadecimal digits of a digest in tables
+
+
+def grey_digest(image: np.ndarray) -> str:
+    """SHA-256 of the size and the grey levels, (H, W), or colours, (H, W, 3): one byte each if whole, else float32."""
+    levels = image.astype(np.uint8)
+    stored = levels if np.array_equal(levels, image) else image.astype("<f4")
+    size = "x".join(map(str, image.shape))
+    return hashlib.sha256(f"{size} {stored.dtype.itemsize}\n".encode() + stored.tobytes()).hexdigest()
+
+
+def pair_digest(vis: np.ndarray, ir: np.ndarray) -> str:
+    """Digest of two sources. Exchanging them changes nothing, as it changes no metric."""
+    return hashlib.sha256(" ".join(sorted([grey_digest(vis), grey_digest(ir)])).encode()).hexdigest()
+
+
+def list_digest(pairs: Iterable[str]) -> str:
+    """Digest of a list of pairs, given the digest of each. Neither order nor file names count."""
+    return hashlib.sha256("\n".join(sorted(pairs)).encode()).hexdigest()
+
+
+def make_manifest(folder: Path) -> dict[str, Any]:
+    """Names and digests of a set: a folder with two sub-folders of equally named images.
+
+    Returns:
+        "set" (the folder's name), "pairs", "images" (`list_digest`) and "files": sub-folder -> file name ->
+        {"sha256": of the file, "grey": `grey_digest`}.
+
+    Raises:
+        InputError, FileNotFoundError: as `find_modalities`, `list_pairs` and `read_grey`; a file has no partner.
+    """
+    vis_folder, ir_folder = find_modalities(folder)
+    found = list_pairs(vis_folder, ir_folder)
+    if found.unmatched():
+        raise InputError(f"{folder}: {found.unmatched()}; a manifest needs whole pairs")
+    files: dict[str, dict[str, dict[str, str]]] = {vis_folder.name: {}, ir_folder.name: {}}
+    pairs = []
+    for pair in found.pairs:
+        images = pair.read()
+        pairs.append(pair_digest(*images))
+        for path, image in zip((pair.vis, pair.ir), images, strict=True):
+            files[path.parent.name][path.name] = {"sha256": file_sha256(path), "grey": grey_digest(image)}
+    return {"set": folder.resolve().name, "pairs": len(pairs), "images": list_digest(pairs), "files": files}
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifests(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Every manifest of a folder, sorted by name.
+
+    Raises:
+        InputError: a file is not a manifest.
+    """
+    manifests = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest["set"], manifest["images"], manifest["files"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a manifest ({error!r}); remove it or restore it") from None
+        manifests.append(manifest)
+    return manifests
+
+
+def name_of_list(digest: str, folder: Path = FOLDER) -> str | None:
+    """The published set with this `list_digest`, or None."""
+    return next((manifest["set"] for manifest in read_manifests(folder) if manifest["images"] == digest), None)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a manifest's files in a user's copy: names as sub-folder/file."""
+
+    published: tuple[str, ...]  # byte for byte
+    same_image: tuple[str, ...]  # another file with the same grey levels
+    different: tuple[str, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]  # images that the manifest does not know
+
+    def is_published(self) -> bool:
+        return not (self.different or self.missing or self.extra)
+
+    def __str__(self) -> str:
+        total = len(self.published) + len(self.same_image) + len(self.different) + len(self.missing)
+        parts = [f"{len(self.published)} of {total} files as published"]
+        if self.same_image:
+            parts.append(f"{len(self.same_image)} in another file format or version with the same grey levels")
+        for what in ("different", "missing", "extra"):
+            names = getattr(self, what)
+            if names:
+                parts.append(f"{len(names)} {what}: {listed(names)}")
+        return "; ".join(parts)
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> Verdict:
+    """Compares a set on disk with its manifest. Files are found by name, whatever their suffix."""
+    fates: dict[str, list[str]] = {key: [] for key in Verdict.__dataclass_fields__}
+    for modality, files in manifest["files"].items():
+        present = _images_in(folder / modality)
+        for name, want in files.items():
+            path = present.pop(Path(name).stem, None)
+            fates[_fate(path, want)].append(f"{modality}/{name}")
+        fates["extra"] += [f"{modality}/{path.name}" for path in present.values()]
+    return Verdict(**{fate: tuple(names) for fate, names in fates.items()})
+
+
+def _fate(path: Path | None, want: dict[str, str]) -> str:
+    if path is None:
+        return "missing"
+    if file_sha256(path) == want["sha256"]:
+        return "published"
+    try:
+        return "same_image" if grey_digest(read_grey(path)) == want["grey"] else "different"
+    except InputError:  # not even an image
+        return "different"
+
+
+def _images_in(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        return {}
+    paths = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()}

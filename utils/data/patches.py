@@ -1,0 +1,354 @@
+"""The patch file: aligned training patches in HDF5, written whole or not at all, read as a Dataset.
+
+Two layouts are read:
+
+- compact (what we write): `vis` and `ir`, each one chunked, compressed uint8 array (N, H, W), and on request
+  `ir_saliency`, cut from the saliency maps of the whole infrared images; attributes say where the patches come from.
+  Visible patches may be in colour, (N, H, W, 3), red first; systems that train on grey ones are given those.
+- published: groups `vis_patchs` and `ir_patchs` (spelt so) with one float32 dataset (1, H, W) in [0, 1] a patch,
+  named by its running number.
+
+Either may also hold pairs that were kept out of the training: a group `validation` with one uint8 array
+(2, H, W), visible and infrared, a pair, or (4, H, W) where the visible one is in colour. Readers of the published
+layout do not look at it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.common import InputError, whole_file
+from utils.data.images import grey_of
+from utils.data.manifests import SHOWN, list_digest, pair_digest
+
+LAYOUTS = ("compact", "published")
+_GROUPS = {"vis": "vis_patchs", "ir": "ir_patchs"}
+_VALIDATION = "validation"
+_SALIENCY = "ir_saliency"
+
+
+class Batch(NamedTuple):
+    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps where the patch file has them.
+
+    Visible ones are (B, 3, H, W) where the system takes colour and the file has some.
+    """
+
+    vis: Tensor
+    ir: Tensor
+    vis_saliency: Tensor | None = None
+    ir_saliency: Tensor | None = None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """A function of every image that there is."""
+        return Batch(*(None if image is None else function(image) for image in self))
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; the host does not wait for a copy to a GPU."""
+        return self.each(lambda image: _to_device(image, device))
+
+
+class HeldOut(NamedTuple):
+    """A pair that no patch was cut from: grey levels, uint8 (H, W) each; colour, (H, W, 3), as in the patches."""
+
+    name: str
+    vis: np.ndarray
+    ir: np.ndarray
+
+
+def patch_windows(height: int, width: int, size: int, stride: int) -> list[tuple[slice, slice]]:
+    """Windows of `size` every `stride` pixels that lie wholly inside the image, row by row.
+
+    >>> [(rows.start, columns.start) for rows, columns in patch_windows(480, 640, 128, 200)]
+    [(0, 0), (0, 200), (0, 400), (200, 0), (200, 200), (200, 400)]
+    """
+    starts = [range(0, side - size + 1, stride) for side in (height, width)]
+    return [(slice(y, y + size), slice(x, x + size)) for y in starts[0] for x in starts[1]]
+
+
+def is_low_contrast(patch: np.ndarray, legacy: bool = False) -> bool:
+    """Whether the 10th and 90th percentile differ by less than a tenth of the latter, as published.
+
+    A black patch (90th percentile 0) has no contrast. The published filter divides by zero there and keeps it;
+    `legacy` does so too.
+    """
+    low, high = np.percentile(patch, (10, 90))
+    return not legacy if high <= 0 else bool((high - low) / high < 0.1)
+
+
+class PatchWriter:
+    """Writes a patch file; it appears under its name only when the `with` block ends without an error.
+
+    Args:
+        path: the .h5 file.
+        size: side of the square patches.
+        layout: "compact" or "published".
+        about: attributes stored in the file: plain strings and numbers.
+        saliency: whether `add` is given saliency maps as well; compact layout only.
+        colour: whether visible patches are in colour; compact layout only.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        size: int,
+        layout: str = "compact",
+        about: dict | None = None,
+        *,
+        saliency: bool = False,
+        colour: bool = False,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if (saliency or colour) and layout != "compact":
+            what = "saliency maps are" if saliency else "colour is"
+            raise InputError(f"{what} stored in the layout compact, not in {layout!r}")
+        self.colour = colour
+        self.names = ("vis", "ir", _SALIENCY) if saliency else ("vis", "ir")
+        self.path, self.size, self.layout, self.about = Path(path), size, layout, about or {}
+        self.count = 0
+
+    def __enter__(self) -> PatchWriter:
+        self._stack = contextlib.ExitStack()
+        self._file = self._stack.enter_context(h5py.File(self._stack.enter_context(whole_file(self.path)), "w"))
+        for name in self.names:
+            if self.layout == "published":
+                self._file.create_group(_GROUPS[name])
+            else:
+                shape = (self.size, self.size, 3) if name == "vis" and self.colour else (self.size, self.size)
+                self._file.create_dataset(
+                    name, (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
+                )
+        self._file.attrs.update(self.about)
+        return self
+
+    def add(self, *arrays: np.ndarray) -> None:
+        """Appends patches (N, size, size) of grey levels in [0, 255]; compact rounds them half to even.
+
+        Args:
+            arrays: visible, (N, size, size, 3) where the file has colour; infrared; where the file has saliency
+                maps, those of the infrared.
+        """
+        for name, patches in zip(self.names, arrays, strict=True):
+            if self.layout == "published":
+                for number, patch in enumerate(patches, start=self.count):
+                    unit = (patch / np.float32(255)).astype(np.float32)
+                    self._file[_GROUPS[name]].create_dataset(str(number), data=unit[None])
+            else:
+                self._file[name].resize(self.count + len(patches), axis=0)
+                self._file[name][self.count :] = np.round(patches).astype(np.uint8)
+        self.count += len(arrays[0])
+
+    def hold_out(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
+        """Stores a pair (H, W) of levels in [0, 255] for validation, rounded half to even; vis also (H, W, 3)."""
+        group = self._file.require_group(_VALIDATION)
+        pair = np.round(np.stack([*([vis] if vis.ndim == 2 else np.moveaxis(vis, -1, 0)), ir])).astype(np.uint8)
+        group.create_dataset(f"{len(group):06d}", data=pair, compression="gzip").attrs["name"] = name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.__exit__(kind, error, trace)
+        except RuntimeError as closing:  # what h5py raises when the disk is full
+            raise OSError(f"{self.path} could not be written; is the disk full?") from closing
+
+
+class PatchDataset(Dataset):
+    """Patches of a file in either layout: `dataset[i]` is (vis, ir), float32 (1, H, W) in [0, 1] each.
+
+    Args:
+        path: the file.
+        colour: take visible patches as they are, (3, H, W) where they have colour; otherwise their grey levels.
+
+    All patches are held in memory in the type of the file (MSRS in the compact layout: about 0.2 GB).
+
+    Attributes:
+        vis, ir: the patches as stored, (N, H, W), or (N, H, W, 3).
+        ir_saliency: saliency maps of the infrared ones, the same; None where the file has none.
+        held_out: the pairs that were kept for validation.
+        about: what the file says of itself.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: not a patch file, damaged, empty, or unequal numbers of patches.
+    """
+
+    def __init__(self, path: Path | str, *, colour: bool = False) -> None:
+        path = Path(path)
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder, and training needs a patch file of it; make one with "
+                f"`python dataprocessing.py --data {path} --out data/mine.h5`, and train with --data data/mine.h5"
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"no patch file at {path}; make one with `python dataprocessing.py --out {path}`")
+        try:
+            with h5py.File(path, "r") as file:
+                vis, ir = (_read_patches(file, name) for name in ("vis", "ir"))
+                saliency = file[_SALIENCY][:] if _SALIENCY in file else None
+                self.about = {key: _plain(value) for key, value in file.attrs.items()}
+                pairs = file.get(_VALIDATION, {})
+                self.held_out = [_read_held_out(pairs[key], colour) for key in sorted(pairs)]
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is not a readable patch file ({error}); make it again with `python dataprocessing.py`"
+            ) from error
+        if vis.shape not in (ir.shape, (*ir.shape, 3)) or ir.ndim != 3 or not len(vis):
+            raise InputError(
+                f"{path} holds visible patches {vis.shape} and infrared patches {ir.shape}, which must be equally many "
+                "(N, H, W), visible ones also (N, H, W, 3), and at least one; "
+                "make it again with `python dataprocessing.py`"
+            )
+        if any(array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1) for array in (vis, ir)):
+            raise InputError(
+                f"{path} holds patches of {vis.dtype} outside [0, 1]; make it again with `python dataprocessing.py`"
+            )
+        if saliency is not None and (saliency.shape != ir.shape or saliency.dtype != np.uint8):
+            raise InputError(
+                f"{path} holds saliency maps {saliency.shape} for infrared patches {ir.shape}; "
+                "make it again with `python dataprocessing.py --saliency`"
+            )
+        if vis.ndim == 4 and not colour:
+            vis = np.stack([grey_of(patch).astype(np.uint8) for patch in vis])
+        self.vis, self.ir = torch.from_numpy(vis), torch.from_numpy(ir)
+        self.ir_saliency = None if saliency is None else torch.from_numpy(saliency)
+
+    def __len__(self) -> int:
+        return len(self.vis)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        vis, ir = (to_unit(patches[index : index + 1])[0] for patches in (self.vis, self.ir))
+        return vis, ir
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A short hash of all patches: two files with equal patches have equal digests."""
+        digest = hashlib.blake2b(self.vis.cpu().numpy().data, digest_size=16)
+        digest.update(self.ir.cpu().numpy().data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def held_out_digest(self) -> str:
+        """The digest that tables name their images by, of the held-out pairs."""
+        return list_digest(pair_digest(pair.vis, pair.ir) for pair in self.held_out)[:SHOWN]
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves all patches to a GPU where they take less than half of its free memory.
+
+        Elsewhere they stay where they are; batches are then cut on the CPU while the GPU computes.
+        """
+        arrays = {name: array for name in ("vis", "ir", _SALIENCY) if (array := getattr(self, name)) is not None}
+        size = sum(array.nbytes for array in arrays.values())
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            for name, array in arrays.items():
+                setattr(self, name, array.to(device))
+
+    @property
+    def size(self) -> int:
+        """Shorter side of the patches."""
+        return min(self.ir.shape[1:])
+
+
+def to_unit(patches: Tensor) -> Tensor:
+    """Patches as stored, (B, H, W) or (B, H, W, 3) -> float32 in [0, 1], (B, 1, H, W) or (B, 3, H, W)."""
+    unit = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+    return unit[:, None] if unit.ndim == 3 else unit.movedim(-1, 1).contiguous()
+
+
+def random_batches(
+    dataset: PatchDataset,
+    batch_size: int,
+    seed: Sequence[int],
+    *,
+    crop: int = 0,
+    flips: bool = False,
+    batches: int = 0,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+    smallest: int = 1,
+) -> Iterator[Batch]:
+    """One epoch of shuffled batches, where the patches are; pixels in [0, 1].
+
+    What is drawn depends on the arguments alone, so an epoch can be repeated, or gone on with in its middle,
+    without any stored state.
+
+    Args:
+        dataset: the patches.
+        batch_size: patches a batch, over all processes; the last batch of an epoch may be smaller, as published.
+        seed: whole numbers, e.g. (seed of the run, epoch).
+        crop: side of a random crop of each patch; 0 takes whole patches.
+        flips: flip and quarter-turn at random; patches that are not square are flipped only.
+        batches: how many batches to draw, reshuffling when the patches run out; 0 is one pass.
+        start: the first batch wanted, from 0.
+        part: (i, n) gives every n-th patch of each batch from the i-th on, for one of n processes.
+        smallest: fewest patches a process can train on. The last batch is cut so that all processes get equally
+            many, and is left out when that is fewer.
+    """
+    rng = np.random.default_rng(seed)
+    wanted = batches * batch_size or len(dataset)
+    order = np.concatenate([rng.permutation(len(dataset)) for _ in range(-(-wanted // len(dataset)))])[:wanted]
+    height, width = ((crop or side) for side in dataset.ir.shape[1:])
+    # Everything is drawn first: the batch that is asked for does not depend on where the epoch is begun.
+    tops, lefts = (rng.integers(whole - side + 1, size=wanted) for whole, side in
+                   zip(dataset.ir.shape[1:], (height, width), strict=True))  # fmt: skip
+    flip_rows, flip_columns, turn = rng.integers(2, size=(3, wanted)).astype(bool) & flips
+    turn &= height == width
+    index, count = part
+    for first in range(start * batch_size, wanted, batch_size):
+        each = min(batch_size, wanted - first) // count
+        if each < smallest:
+            break
+        take = slice(first + index, first + each * count, count)
+        rows, columns = np.arange(height), np.arange(width)
+        rows = tops[take, None] + np.where(flip_rows[take, None], rows[::-1], rows)
+        columns = lefts[take, None] + np.where(flip_columns[take, None], columns[::-1], columns)
+        y, x = np.broadcast_arrays(rows[:, :, None], columns[:, None, :])
+        # A quarter turn is a flip and this: rows become columns.
+        if turn[take].any():
+            y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
+        n, y, x = (torch.from_numpy(np.ascontiguousarray(axis)) for axis in (order[take, None, None], y, x))
+        where = tuple(_to_device(axis, dataset.vis.device) for axis in (n, y, x))
+        sources = Batch(dataset.vis, dataset.ir, ir_saliency=dataset.ir_saliency)
+        yield sources.each(lambda source, where=where: to_unit(source[where]))
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # The host does not wait for a copy to a GPU; that needs pinned memory.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: int = 1) -> int:
+    """How many batches one pass of `random_batches` gives."""
+    return patches // batch_size + (patches % batch_size // count >= smallest)
+
+
+def _read_patches(file: h5py.File, name: str) -> np.ndarray:
+    if name in file:
+        return file[name][:]
+    group = file[_GROUPS[name]]
+    # Numbers, not text: HDF5 lists 10 before 2, and both groups must come in one order.
+    return np.concatenate([group[key][:] for key in sorted(group, key=int)]) if len(group) else np.empty((0, 0, 0))
+
+
+def _read_held_out(stored: h5py.Dataset, colour: bool) -> HeldOut:
+    *vis, ir = stored[:]
+    image = vis[0] if len(vis) == 1 else np.stack(vis, axis=-1)
+    return HeldOut(str(stored.attrs["name"]), image if colour else grey_of(image).astype(np.uint8), ir)
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,378 @@
+"""What test_IVF.py and test_MIF.py share: sets of pairs -> fused files, scores of the files, the table.
+
+The scripts differ in the sets they take by default; what depends on the system is asked of the system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.common import (
+    DATA_VARIABLE,
+    EXIT_BAD_INPUT,
+    InputError,
+    check_writable,
+    file_sha256,
+    git_commit,
+    in_checkout,
+    progress,
+)
+from utils.data.degradation import degrade_pair
+from utils.data.images import (
+    Pair,
+    is_coloured,
+    luma_of,
+    read_colour,
+    read_grey,
+    with_colour_of,
+    write_colour,
+    write_image,
+)
+from utils.data.manifests import SHOWN, list_digest, pair_digest
+from utils.data.sets import Benchmark, TestSet, find_sets
+from utils.evaluation.folders import BASELINES, baseline_labels
+from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
+from utils.inference.fusing import (
+    PUBLISHED,
+    SKIP_HELP,
+    add_inference_options,
+    find_weights,
+    fuse_arrays,
+    load_system,
+    pick_device,
+    pick_precision,
+)
+from utils.metrics import PROTOCOLS, score
+
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
+
+
+@dataclass(frozen=True)
+class Method:
+    """A system with weights, ready to run on a task."""
+
+    model: Any
+    weights: Path
+    label: str
+    skip: str
+    sha256: str
+
+    @property
+    def stem(self) -> str:
+        """The name of its results. The published files have the names of ours."""
+        fetched = self.weights.resolve().parent == in_checkout("models", PUBLISHED).resolve()
+        return self.weights.stem + (f"_{PUBLISHED}" if fetched else "")
+
+
+class Given(NamedTuple):
+    """What is read of a pair: its grey levels, to score against, and what the system is given to fuse."""
+
+    vis: np.ndarray
+    ir: np.ndarray
+    vis_to_fuse: np.ndarray
+    ir_to_fuse: np.ndarray
+
+
+def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems: Iterable[str]) -> None:
+    sets = " ".join(benchmark.sets)
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of sets, or one set: a folder with vi/ and ir/, or MRI/ and CT/, PET/ or SPECT/ "
+        f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)",
+    )
+    add("--sets", nargs="+", metavar="NAME", help=f"sub-folders of --data to run (default: {sets})")
+    add(
+        "--pairs",
+        choices=("folders", "flat"),
+        default="folders",
+        help="folders: two sub-folders of equal names; flat: one folder, numbers after two --stems (default: folders)",
+    )
+    add(
+        "--stems",
+        nargs=2,
+        metavar=("VIS", "IR"),
+        help="for --pairs flat: what comes before the number, visible or MRI first, such as: mrict ct",
+    )
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="files, or published: those of `python -m tools.download weights` (default: those in models/ for the "
+        "system and the task); for several systems one each, in their order",
+    )
+    add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
+    add("--skip", help=SKIP_HELP)
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="paper",
+        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: paper)",
+    )
+    add(
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of the table: metrics, or the published table of a system, one of "
+        f"{', '.join(PUBLISHED_COLUMNS)} (default: those of the system). metrics.csv has all twelve",
+    )
+    add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
+    add(
+        "--stretch",
+        action=argparse.BooleanOptionalAction,
+        help="stretch each fused image to the full range (default: as published, which is yes for all but tsdm)",
+    )
+    add(
+        "--degrade",
+        type=int,
+        metavar="SEED",
+        help="damage the pairs first, as TSDM-Fusion is trained to undo (noise, blur, low contrast, JPEG), and score "
+        "against the undamaged ones; one seed damages a set in one way, whatever is fused with",
+    )
+    add(
+        "--legacy-rounding",
+        action="store_true",
+        help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding",
+    )
+    add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
+    add_inference_options(parser)
+    add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[Any]) -> int:
+    """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
+    device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
+    # Everything that can be wrong is looked at before the first image is fused.
+    columns = choose_columns(args.columns) if args.columns else systems[0].columns
+    if args.degrade is not None and args.degrade < 0:
+        raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
+    test_sets = find_sets(args, benchmark)
+    methods = [load_method(path, system, device, args.skip, benchmark.task)
+               for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
+    stems = [method.stem for method in methods]
+    refuse_repeated("--weights", "files", stems)
+    refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
+    check_writable(args.out)
+
+    commit = git_commit()
+    incomplete, written = False, set()
+    for test_set in test_sets:
+        if test_set.found.unmatched():
+            print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
+        sheets: list[ScoreSheet] = []
+        for method in methods:
+            # Damaged sources have a folder of their own: they do not take the place of the others.
+            damaged = "" if args.degrade is None else f"_degraded_{args.degrade}"
+            folder = args.out / method.stem / f"{test_set.name}{damaged}"
+            say_whose_place_is_taken(folder, method)
+            started = time.perf_counter()
+            sheet = fuse_set(method, test_set, folder, args)
+            incomplete |= len(sheet.images) < len(test_set.found.pairs)
+            if not sheet.images:
+                print(f"warning: no pair of {test_set.name} was scored with {method.weights}", file=sys.stderr)
+                continue
+            facts = {
+                "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
+                "system": method.model.label, "weights": str(method.weights),
+                "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
+                "stretch": method.model.is_stretched(args.stretch), "legacy_rounding": args.legacy_rounding,
+                "degrade": args.degrade, "device": str(device), "precision": args.precision,
+                "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
+                "numpy": np.__version__, "commit": commit, "images": sheet.digest,
+            }  # fmt: skip
+            sheet.write(folder, facts)
+            sheets.append(sheet)
+            written.add(method.stem)
+        if not sheets:
+            continue
+        if args.baselines:
+            sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
+        damaged = "" if args.degrade is None else f", degraded with seed {args.degrade}"
+        print(format_table(f"{test_set.name}{damaged}", sheets, columns))
+        for line in format_excluded(sheets, columns):
+            print(line)
+        used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, {m.model.skip_name}: {m.skip})" for m in methods)
+        pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
+        rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
+        lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
+        print(
+            f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}{rounding}, "
+            f"images {lists}, commit {commit}"
+        )
+    for stem in (stem for stem in stems if stem in written):
+        print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
+    return EXIT_BAD_INPUT if incomplete else 0
+
+
+def files_of(systems: list[Any], weights: list[Path] | None, task: str) -> list[tuple[Any, Path]]:
+    """The rows of a table, as (system, weight file).
+
+    Raises:
+        InputError: weights are named that are not one file for each of several systems; or there are none.
+    """
+    if weights and len(systems) not in (1, len(weights)):
+        raise InputError(
+            f"--system names {len(systems)} systems and --weights {len(weights)} files; give one file for each system"
+        )
+    if not weights:
+        asked = [(system, None) for system in systems]
+    else:
+        asked = zip(systems * len(weights) if len(systems) == 1 else systems, weights, strict=True)
+    return [(system, path) for system, given in asked for path in find_weights(system, task, given)]
+
+
+def refuse_repeated(option: str, what: str, names: list[str]) -> None:
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"{option} names two {what} called {repeated}; their results would share a folder: rename one")
+
+
+def load_method(path: Path, system: type, device: torch.device, skip: str | None, task: str) -> Method:
+    model, skip = load_system(system, path, task, skip, device)
+    sha256 = file_sha256(path)
+    return Method(model, path, model.row_label(task, path.stem), skip, sha256)
+
+
+def say_whose_place_is_taken(folder: Path, method: Method) -> None:
+    """Weights of a run have the name of ours, and so have their results."""
+    try:
+        before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        weights, sha256 = before["weights"], before["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if sha256 != method.sha256:
+        print(f"note: {folder} had the results of other weights, {weights}; --out DIR keeps both", file=sys.stderr)
+
+
+def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
+    """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out.
+
+    Beside the network the next pair is read, and the last one written and scored, unless memory is short.
+    """
+    images: dict[str, dict[str, float]] = {}
+    digests: list[str] = []
+    description = f"{test_set.name}, {method.stem}"
+    most_waiting = 0 if args.max_memory else 1
+
+    def write_and_score(pair: Pair, given: Given, fused: np.ndarray) -> None:
+        fate = "left out"
+        try:
+            path = folder / f"{pair.name}.png"
+            write_image(path, fused, truncate=args.legacy_rounding)
+            if args.colour and fused.ndim == 2:
+                write_in_colour(folder / "colour" / path.name, pair, fused)
+            if args.degrade is not None:
+                for name, image in (("vis", given.vis_to_fuse), ("ir", given.ir_to_fuse)):
+                    write_image(folder / f"given_{name}" / path.name, image)
+            fate = "fused, but not scored"
+            images[pair.name] = score(read_grey(path), given.ir, given.vis, args.protocol)
+            digests.append(pair_digest(given.vis, given.ir))
+        except (ValueError, OSError, RuntimeError) as error:
+            left_out(f"{test_set.name}/{pair.name}", error, args, fate)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        pairs = progress(list(enumerate(test_set.found.pairs)), description, "pair")
+        finishing: deque[Future[None]] = deque()
+
+        def read(number: int, pair: Pair) -> Given:
+            return read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
+
+        for pair, reading in read_ahead(pairs, reader, read, most_waiting):
+            try:
+                given = reading.result()
+                fused = fuse_arrays(
+                    method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
+                    normalise=method.model.is_stretched(args.stretch), precision=args.precision,
+                    max_memory=args.max_memory, scratch=args.scratch,
+                )  # fmt: skip
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+                left_out(f"{test_set.name}/{pair.name}", error, args)
+                continue
+            finishing.append(writer.submit(write_and_score, pair, given, fused))
+            while len(finishing) > most_waiting:
+                finishing.popleft().result()
+        for last in finishing:
+            last.result()
+    return ScoreSheet(method.label, images, list_digest(digests))
+
+
+def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
+    """Names a bad pair, with what becomes of it; raises the error where the run cannot go on, or for --debug."""
+    if args.debug or getattr(error, "errno", None) in HOPELESS:
+        raise error
+    tqdm.write(f"warning: {name}: {str(error).splitlines()[0]}; {fate}", file=sys.stderr)
+
+
+def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
+    sources = [image for image in (read_colour(pair.vis), read_colour(pair.ir)) if is_coloured(image)]
+    if sources:
+        write_colour(path, with_colour_of(fused, *sources))
+
+
+def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Given:
+    """Reads a pair, and damages it where a seed is given.
+
+    Args:
+        pair: the two files.
+        colour: give the visible image in colour where it has some.
+        degrade: seed of `utils.data.degradation.degrade_pair`. Colours are damaged, then turned to grey where grey is
+            wanted, so that all systems are given the same scene.
+    """
+    vis, ir = pair.read()
+    if not (colour or degrade):
+        return Given(vis, ir, vis, ir)
+    shown = read_colour(pair.vis)
+    coloured = is_coloured(shown)
+    vis_to_fuse, ir_to_fuse = shown if coloured else vis, ir
+    if degrade:
+        bad = degrade_pair(vis_to_fuse / np.float32(255), ir / np.float32(255), degrade)
+        vis_to_fuse, ir_to_fuse = (image * np.float32(255) for image in bad)
+        if coloured and not colour:
+            vis_to_fuse = np.round(luma_of(vis_to_fuse))
+    return Given(vis, ir, vis_to_fuse, ir_to_fuse)
+
+
+def read_ahead(
+    pairs: Iterable[tuple[int, Pair]], reader: ThreadPoolExecutor, read: Callable[[int, Pair], Given], depth: int
+) -> Iterator[tuple[Pair, Future[Given]]]:
+    """Each pair with its images, `depth` of which are read before they are asked for."""
+    waiting: deque[tuple[Pair, Future[Given]]] = deque()
+    for number, pair in pairs:
+        waiting.append((pair, reader.submit(read, number, pair)))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:
+    """Scores of the sources and their average taken for fused images: what a method must beat."""
+    labels = baseline_labels(test_set.vis_name, test_set.ir_name)
+    sheets: dict[str, dict[str, dict[str, float]]] = {name: {} for name in labels}
+    for pair in progress(test_set.found.pairs, f"{test_set.name}, baselines", "pair"):
+        try:
+            vis, ir = pair.read()
+            scores = {name: score(BASELINES[kind](vis, ir), ir, vis, protocol) for name, kind in labels.items()}
+        except (ValueError, OSError):
+            continue  # fuse_set has named it
+        for name in labels:
+            sheets[name][pair.name] = scores[name]
+    return [ScoreSheet(name.ljust(width), images) for name, images in sheets.items()]

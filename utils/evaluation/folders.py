@@ -1,0 +1,237 @@
+"""Scores folders of fused images, of any method, against their sources: one pair at a time, in parallel.
+
+A pair is read once and every method's image of it is scored, under one protocol or several. What cannot be scored is
+named in `Evaluation.problems` and left out; nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import utils.more_metrics  # noqa: F401  registers its metrics
+from utils.common import InputError, listed, progress
+from utils.data.images import Pair, PairList, list_pairs, read_grey, to_uint8
+from utils.data.manifests import list_digest, pair_digest
+from utils.evaluation.scores import Row, ScoreSheet
+from utils.metrics import METRICS, score
+
+Scorer = Callable[..., dict[str, float]]  # the signature of `utils.metrics.score`
+
+
+# What a method must beat, by name: the fused image that it would be, as written to 8 bits.
+BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "vis": lambda vis, ir: to_uint8(vis).astype(np.float32),
+    "ir": lambda vis, ir: to_uint8(ir).astype(np.float32),
+    "average": lambda vis, ir: to_uint8((vis + ir) / 2).astype(np.float32),
+}
+
+
+def baseline_labels(vis_name: str, ir_name: str) -> dict[str, str]:
+    """Label of a row -> its baseline."""
+    return {f"{vis_name} only": "vis", f"{ir_name} only": "ir", "average": "average"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]  # what was left out, one line each
+    notes: tuple[str, ...]  # what is worth knowing, one line each
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All the work on one pair."""
+
+    pair: Pair
+    fused: Mapping[str, Path]  # method -> its file
+    baselines: Mapping[str, str]  # row label -> one of `BASELINES`
+    protocols: Sequence[str]
+    metrics: Sequence[str]
+
+
+@dataclass
+class _Result:
+    name: str
+    digest: str = ""
+    scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (method, protocol) -> metrics
+    problems: list[str] = field(default_factory=list)
+    too_small_for: list[str] = field(default_factory=list)
+    other_size: list[str] = field(default_factory=list)  # methods whose image has not the size of the sources
+
+
+def evaluate(
+    methods: Mapping[str, Path],
+    vis_folder: Path,
+    ir_folder: Path,
+    protocols: Sequence[str],
+    metrics: Sequence[str],
+    baselines: bool = False,
+    jobs: int | None = None,
+    scorer: Scorer = score,
+) -> Evaluation:
+    """Scores every image that a method has for a pair of sources.
+
+    Args:
+        methods: row label -> folder of fused images, matched with the sources by file stem.
+        vis_folder: visible (or MRI) sources.
+        ir_folder: infrared (or CT, PET, SPECT) sources.
+        protocols: names from `utils.metrics.PROTOCOLS`.
+        metrics: names from `utils.metrics.METRICS`. One that a pair is too small for is NaN there.
+        baselines: adds rows for either source alone and for their average.
+        jobs: processes; None means one for each processor, 1 stays in this process.
+        scorer: what turns images into values.
+
+    Returns:
+        Rows in the order of `methods`, then of the baselines, for each protocol. A method without a single scored
+        image has no row.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        InputError: no pair of sources, or not one fused image matches a pair.
+    """
+    found = list_pairs(vis_folder, ir_folder)
+    files, problems, notes = _match(methods, found, vis_folder)
+    labels = baseline_labels(vis_folder.name, ir_folder.name) if baselines else {}
+    if set(labels) & set(methods):
+        raise InputError(f"--fused uses the name of a baseline ({listed(set(labels) & set(methods))}); rename it")
+    tasks = [
+        _Task(pair, {name: paths[pair.name] for name, paths in files.items() if pair.name in paths}, labels,
+              protocols, metrics)
+        for pair in found.pairs
+    ]  # fmt: skip
+    results = list(progress(_run(tasks, jobs, scorer), "scores", "pair", len(tasks)))
+    problems += [problem for result in results for problem in result.problems]
+    for key in metrics:
+        small = [result.name for result in results if key in result.too_small_for]
+        if small:
+            notes.append(f"{key} needs sides of {METRICS[key].min_side} pixels; no value for {listed(small)}")
+
+    for method in methods:
+        others = sum(method in result.other_size for result in results)
+        if 2 * others > len(results) > 1:
+            notes.append(
+                f"{method}: {others} of {len(results)} images have not the size of the sources of that name; are they "
+                "of another list of this set? The images that are meant are listed in results/manifests/"
+            )
+
+    digests = {result.name: result.digest for result in results}
+    rows = []
+    for protocol in protocols:
+        for method in [*methods, *labels]:
+            key = (method, protocol)
+            images = {result.name: result.scores[key] for result in results if key in result.scores}
+            if images:
+                digest = list_digest(digests[name] for name in images)
+                rows.append(Row(method, protocol, ScoreSheet(method, images, digest), method in labels))
+    return Evaluation(tuple(rows), tuple(problems), tuple(notes))
+
+
+def _match(
+    methods: Mapping[str, Path], found: PairList, vis_folder: Path
+) -> tuple[dict[str, dict[str, Path]], list[str], list[str]]:
+    """method -> stem -> file, and lines about fused images that are missing (problems) or superfluous (notes)."""
+    stems = {pair.name for pair in found.pairs}
+    files, problems, notes = {}, [], []
+    if found.unmatched():
+        notes.append(f"{found.unmatched()}; left out")
+    for method, folder in methods.items():
+        matched = list_pairs(folder, vis_folder)  # raises where not one name is shared
+        files[method] = {pair.name: pair.vis for pair in matched.pairs if pair.name in stems}
+        missing = sorted(stems - set(files[method]))
+        if missing:
+            problems.append(f"{method}: no fused image in {folder} for {listed(missing)}; left out")
+        if matched.only_vis:
+            notes.append(f"{method}: no sources for {listed(matched.only_vis)}; left out")
+    return files, problems, notes
+
+
+def _run(tasks: Sequence[_Task], jobs: int | None, scorer: Scorer) -> Iterator[_Result]:
+    jobs = min(jobs or processors(), len(tasks))
+    work = partial(_score_pair, scorer=scorer)
+    if jobs == 1:
+        yield from map(work, tasks)
+        return
+    # Not forks of this process: OpenCV's threads do not survive a fork, and a worker would wait for them forever.
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    try:
+        yield from pool.map(work, tasks)
+    except BrokenProcessPool:
+        raise InputError("a process that scored was killed, probably for its memory; try --jobs 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    cv2.setNumThreads(1)
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    with contextlib.suppress(AttributeError):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _score_pair(task: _Task, scorer: Scorer) -> _Result:
+    result = _Result(task.pair.name)
+    try:
+        vis, ir = task.pair.read()
+    except (ValueError, OSError) as error:
+        result.problems.append(f"{task.pair.name}: {_first_line(error)}; left out for every method")
+        return result
+    result.digest = pair_digest(vis, ir)
+    result.too_small_for = [key for key in task.metrics if min(vis.shape) < METRICS[key].min_side]
+    for method, image in _images(task, vis, ir):
+        try:
+            fused = image()
+            if fused.shape != vis.shape:
+                result.other_size.append(method)
+                sizes = [f"{shape[1]}x{shape[0]}" for shape in (fused.shape, vis.shape)]
+                raise InputError(
+                    f"{task.fused[method]} is {sizes[0]} but its sources are {sizes[1]} (width x height); "
+                    "fuse it again at the size of the sources"
+                )
+            values = {
+                (method, protocol): _score(scorer, (fused, ir, vis), protocol, task.metrics, result.too_small_for)
+                for protocol in task.protocols
+            }
+            result.scores.update(values)
+        except (ValueError, OSError) as error:
+            result.problems.append(f"{method}, {task.pair.name}: {_first_line(error)}; left out")
+    return result
+
+
+def _images(task: _Task, vis: np.ndarray, ir: np.ndarray) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    for method, path in task.fused.items():
+        yield method, partial(read_grey, path)
+    for label, kind in task.baselines.items():
+        yield label, partial(BASELINES[kind], vis, ir)
+
+
+def _score(
+    scorer: Scorer, images: tuple[np.ndarray, ...], protocol: str, metrics: Sequence[str], too_small: Iterable[str]
+) -> dict[str, float]:
+    too_small = set(too_small)
+    values = scorer(*images, protocol, metrics=[key for key in metrics if key not in too_small])
+    return {key: values.get(key, float("nan")) for key in metrics}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

@@ -1,0 +1,202 @@
+"""Is the difference between two methods more than chance? Paired tests, intervals and ranks over images.
+
+The tests are scipy's, which is imported where it is used; everything else needs numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils.common import InputError
+from utils.evaluation.scores import Row
+from utils.evaluation.tables import align
+from utils.metrics import METRICS
+
+ROUNDS, SEED = 10_000, 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of `method` against another method, over the images for which both have a finite value."""
+
+    method: str
+    metric: str
+    images: int
+    difference: float  # mean of method minus other
+    low: float  # 95 % interval of that mean
+    high: float
+    effect: float  # rank-biserial correlation: 1 where method has the larger value on every image, -1 on none
+    p: float  # two-sided Wilcoxon signed-rank test
+    p_holm: float  # adjusted for all comparisons of the same call
+
+    def verdict(self, level: float = 0.05) -> str:
+        """ "better", "worse", or "-" where the adjusted p is not below the level."""
+        if not self.p_holm < level:
+            return "-"
+        return "better" if (self.effect > 0) == (METRICS[self.metric].better == "higher") else "worse"
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile interval of the mean, from 10 000 resamples with a fixed seed; NaN without values."""
+    sample = np.asarray(values, dtype=np.float64)
+    if not sample.size:
+        return math.nan, math.nan
+    rng = np.random.default_rng(SEED)
+    means = sample[rng.integers(0, sample.size, (ROUNDS, sample.size))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment: compare the result with the level as it is. NaN stays NaN and is not counted.
+
+    Source:
+        Holm, Scand. J. Stat. 6(2), 1979.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def import_wilcoxon() -> Callable[..., Any]:
+    """scipy's Wilcoxon signed-rank test.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    try:
+        from scipy.stats import wilcoxon
+    except ImportError:
+        raise InputError("--against needs scipy; install it: pip install scipy") from None
+    return wilcoxon
+
+
+def compare(rows: Sequence[Row], against: Row) -> list[Comparison]:
+    """Every other method of the same protocol against one row, metric by metric. Baselines are no methods.
+
+    Two methods that agree on every image have p = 1; without an image in common, or in a metric that has no values,
+    p is NaN. Images on which they agree are left out of the test, as in Wilcoxon's paper.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    wilcoxon, found = import_wilcoxon(), []
+    for row in rows:
+        if row.is_baseline or row.method == against.method or row.protocol != against.protocol:
+            continue
+        for metric in next(iter(against.sheet.images.values())):
+            differences = _differences(row, against, metric)
+            p = math.nan
+            if differences.size:
+                p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+            low, high = bootstrap_interval(differences)
+            mean = float(differences.mean()) if differences.size else math.nan
+            found.append((row.method, metric, differences.size, mean, low, high, _rank_biserial(differences), p))
+    adjusted = holm([values[-1] for values in found])
+    return [Comparison(*values, p_holm) for values, p_holm in zip(found, adjusted, strict=True)]
+
+
+def mean_ranks(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Method -> metric -> mean over the images of its rank among the methods, 1 the best, ties averaged.
+
+    Only images that every row has a value for count; the mean is NaN where there is none. Baselines and rows of
+    another protocol than the first are left out.
+    """
+    rows = [row for row in rows if not row.is_baseline and row.protocol == rows[0].protocol]
+    ranks: dict[str, dict[str, float]] = {row.method: {} for row in rows}
+    for metric in next(iter(rows[0].sheet.images.values()), {}) if rows else ():
+        common = set.intersection(*(_images_with(row, metric) for row in rows))
+        values = np.array([[row.sheet.images[name][metric] for name in sorted(common)] for row in rows])
+        sign = -1 if METRICS[metric].better == "higher" else 1
+        for row, mean in zip(rows, _average_ranks(sign * values), strict=True):
+            ranks[row.method][metric] = mean
+    return ranks
+
+
+def format_statistics(
+    intervals: dict[str, dict[str, tuple[float, float]]],
+    ranks: dict[str, dict[str, float]],
+    comparisons: Sequence[Comparison],
+    against: str | None,
+    digits: int,
+) -> list[str]:
+    """Tables as text: intervals and ranks by method, then the comparisons with one method. Empty ones are left out."""
+
+    def shown(value: float, form: str = f".{digits}f") -> str:
+        return "-" if np.isnan(value) else format(value, form)
+
+    parts, signed = [], f"+.{digits}f"
+    if intervals:
+        lines = [["95 % interval of the mean", *next(iter(intervals.values()))]]
+        for method, values in intervals.items():
+            lines.append([method, *(f"{shown(low)}..{shown(high)}" for low, high in values.values())])
+        parts.append(align(lines))
+    if len(ranks) > 1:
+        lines = [["mean rank, 1 is best", *next(iter(ranks.values())), "all"]]
+        for method, values in ranks.items():
+            known = [value for value in values.values() if not np.isnan(value)]
+            overall = float(np.mean(known)) if known else np.nan
+            lines.append([method, *(shown(value, ".2f") for value in (*values.values(), overall))])
+        parts.append(align(lines))
+    if comparisons:
+        lines = [
+            [f"against {against}", "metric", "images", "difference", "95 % interval", "effect", "p", "p (Holm)", ""]
+        ]
+        for c in comparisons:
+            interval = f"{shown(c.low, signed)}..{shown(c.high, signed)}"
+            numbers = (shown(c.effect, "+.2f"), shown(c.p, ".2g"), shown(c.p_holm, ".2g"))
+            lines.append(
+                [c.method, c.metric, str(c.images), shown(c.difference, signed), interval, *numbers, c.verdict()]
+            )
+        parts.append(align(lines))
+        parts[-1] += (
+            "\npaired Wilcoxon signed-rank tests, two-sided; effect: rank-biserial correlation; "
+            f"p adjusted by Holm for the {len(comparisons)} lines above; better or worse: adjusted p < 0.05"
+        )
+    return parts
+
+
+def mean_intervals(row: Row) -> dict[str, tuple[float, float]]:
+    """Metric -> 95 % interval of the mean over the images with a finite value."""
+    columns = {key: [values[key] for values in row.sheet.images.values()] for key in row.sheet.mean()}
+    return {key: bootstrap_interval([v for v in values if np.isfinite(v)]) for key, values in columns.items()}
+
+
+def _average_ranks(values: np.ndarray) -> list[float]:
+    """Ranks in each column, ties averaged, then the mean of each row: (methods, images) -> methods."""
+    if not values.size:
+        return [math.nan] * len(values)
+    smaller = (values[None] < values[:, None]).sum(axis=1)
+    equal = (values[None] == values[:, None]).sum(axis=1)
+    return [float(mean) for mean in (smaller + (equal + 1) / 2).mean(axis=1)]
+
+
+def _rank_biserial(differences: np.ndarray) -> float:
+    """(Sum of the ranks of positive differences - that of negative ones) / sum of both; NaN where all are 0."""
+    differences = differences[differences != 0]
+    if not differences.size:
+        return math.nan
+    sizes = np.abs(differences)
+    ranks = (sizes < sizes[:, None]).sum(axis=1) + ((sizes == sizes[:, None]).sum(axis=1) + 1) / 2
+    return float((ranks * np.sign(differences)).sum() / ranks.sum())
+
+
+def _images_with(row: Row, metric: str) -> set[str]:
+    return {name for name, values in row.sheet.images.items() if not math.isnan(values[metric])}
+
+
+def _differences(row: Row, against: Row, metric: str) -> np.ndarray:
+    others = against.sheet.images
+    pairs = [(values[metric], others[name][metric]) for name, values in row.sheet.images.items() if name in others]
+    return np.array([one - other for one, other in pairs if math.isfinite(one) and math.isfinite(other)])

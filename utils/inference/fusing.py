@@ -1,0 +1,343 @@
+"""Two grey arrays -> one fused array: weights, device, memory, conversion between the two ranges, and normalisation."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import net
+from utils.common import InputError, file_sha256, in_checkout
+from utils.inference.memory import (
+    CPU_PIECE_PIXELS,
+    BoundedWorkspace,
+    Plan,
+    format_size,
+    memory_left,
+    parse_size,
+    plan_memory,
+    resident_memory,
+)
+from utils.training.distributed import local_device
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PUBLISHED = "published"  # for --weights; and the folder in models/ that tools/download.py fetches them to
+
+SKIP_HELP = (
+    "image that the decoder is given: vis, sum or none; for tsdm how it pads: published or minimal "
+    "(default: the published rule for the weights and the task)"
+)
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every script that fuses: where, how exactly, and in how much memory."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--max-memory", type=parse_size, metavar="SIZE", help="such as 2GB; same result (default: what is free)")
+    add("--scratch", type=Path, metavar="DIR", help="for what does not fit (default: the system's temporary folder)")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name; "auto" is CUDA where torch can use it, else the CPU. For scripts.
+
+    Each of several processes that torchrun started has its own GPU. Convolutions in float32 are float32 from then on:
+    PyTorch leaves them ten bits on a GPU, and of a difference of large numbers, as in SSIM, nothing would be left.
+
+    Raises:
+        InputError: unknown name, or a device that torch cannot use here.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = local_device(torch.device(name))  # first: a process that asks another's GPU takes memory there
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of a name; "auto" is bfloat16 where the device has instructions for it, else float32.
+
+    A processor without them (AVX2 alone, say) computes bfloat16 all the same, by a fallback that takes 16 times as long
+    as float32 and more; where it was asked for by name, a line on stderr says so.
+    """
+    if name == "auto":
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    if name == "bfloat16" and not has_bfloat16(device):
+        print(f"warning: no instructions for bfloat16 on {device}; float32 is much faster", file=sys.stderr)
+    return name
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without them that is much slower than float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # or else it is asked of the first one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:  # what PyTorch itself asks before it hands bfloat16 to oneDNN
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except AttributeError:  # built without oneDNN
+        return False
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep the memory that a step or an image frees, for the next one. For scripts.
+
+    glibc gives large blocks back to the system at once and gets fresh, zeroed pages for the next: on the CPU that
+    was measured to take up to a third of a training step. Elsewhere this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    trim_threshold, mmap_threshold, kept = -1, -3, 2**30  # the names of malloc.h
+    mallopt(mmap_threshold, kept)
+    mallopt(trim_threshold, kept)
+
+
+def give_back_freed_memory() -> None:
+    """Undoes what `keep_freed_memory` has kept so far, where memory is short."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Within this block what can be is computed in a precision: "float32", or "bfloat16"."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+
+def to_network(levels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Levels (H, W) in [0, 255] -> (1, 1, H, W) float32 in [0, 1]; colours (H, W, 3) -> (1, 3, H, W)."""
+    planes = levels[None] if levels.ndim == 2 else np.moveaxis(levels, -1, 0)
+    return torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32) / np.float32(255)).to(device)[None]
+
+
+def to_levels(image: Tensor) -> np.ndarray:
+    """The inverse of `to_network`: float32, not rounded."""
+    levels = image[0].float().mul(255).cpu().numpy()
+    return levels[0] if len(levels) == 1 else np.ascontiguousarray(np.moveaxis(levels, 0, -1))
+
+
+def stretch(image: Tensor) -> Tensor:
+    """Moves the smallest value of each image to 0 and the largest to 1, as the published test scripts do.
+
+    A constant image has no range to stretch and is left as it is (published: NaN). (B, C, H, W) -> same.
+    """
+    low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
+    return torch.where(high > low, (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny), image)
+
+
+def fuse_arrays(
+    model: Any,
+    vis: np.ndarray,
+    ir: np.ndarray,
+    skip: str,
+    *,
+    normalise: bool | Callable[[Tensor], Tensor] = True,
+    precision: str = "float32",
+    max_memory: int | None = None,
+    scratch: Path | None = None,
+) -> np.ndarray:
+    """Fuses two images with a system of the zoo. The result does not depend on the memory that it may take.
+
+    Args:
+        model: the system, in evaluation mode, on the device to use.
+        vis: visible or MRI, (H, W) in [0, 255]; also (H, W, 3), red first, where the system takes colour.
+        ir: infrared, CT, PET or SPECT, (H, W).
+        skip: what the decoder is given; one of `model.skips`.
+        normalise: stretch the result to the full range; without it, values beyond the range are clipped. Or a
+            function of the system's image (1, 1, H, W) that does it in another way: `utils.data.video.RunningRange`.
+        precision: "float32", or "bfloat16" for autocast: faster and coarser.
+        max_memory: bytes; on a CPU of the whole process, on a GPU of the device's memory. None: what is free.
+        scratch: folder of the temporary files in which feature maps lie that do not fit; None: the system's.
+
+    Returns:
+        float32 in [0, 255], the shape of `vis`.
+
+    Raises:
+        InputError: a side is shorter than `model.smallest_side`, the memory allowed is too small whatever is done,
+            or the disk has no room for feature maps.
+    """
+    if min(ir.shape) < model.smallest_side:
+        raise InputError(f"{model.label} needs sides of at least {model.smallest_side} pixels, got {ir.shape}")
+    device = next(model.parameters()).device
+    if max_memory and device.type == "cpu":
+        give_back_freed_memory()
+    free = memory_to_take(device, max_memory)
+    while True:
+        plan = plan_for(ir.shape, free, device, precision)
+        host_room = memory_left() // 2 if device.type != "cpu" else 0
+        workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
+        try:
+            return run_plan(model, vis, ir, skip, plan, workspace, normalise=normalise, precision=precision)
+        except torch.OutOfMemoryError as error:
+            if not model.works_in_pieces:
+                raise InputError(
+                    f"{model.label} works on whole images, and {device} has no memory for one of "
+                    f"{ir.shape[1]}x{ir.shape[0]} pixels (width x height); make it smaller, or try --device cpu"
+                ) from error
+            free //= 2  # and again below, where the exception and all that its frames hold are gone
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"out of memory on {device}; trying again with {format_size(free)}", file=sys.stderr)
+
+
+def memory_to_take(device: torch.device, max_memory: int | None) -> int:
+    """Bytes that may be taken beyond what is taken already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free = (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) * 9 // 10
+        return min(free, max_memory - torch.cuda.memory_allocated(device)) if max_memory else free
+    return max_memory - resident_memory() if max_memory else memory_left() * 8 // 10
+
+
+def plan_for(shape: tuple[int, ...], free: int, device: torch.device, precision: str) -> Plan:
+    height, width = shape
+    return plan_memory(
+        height,
+        width,
+        free=free,
+        kind=device.type,
+        element_size=PRECISIONS[precision].itemsize,
+    )
+
+
+@torch.inference_mode()
+def run_plan(
+    model: Any,
+    vis: np.ndarray,
+    ir: np.ndarray,
+    skip: str,
+    plan: Plan,
+    workspace: net.Workspace,
+    *,
+    normalise: bool | Callable[[Tensor], Tensor] = True,
+    precision: str = "float32",
+) -> np.ndarray:
+    """`fuse_arrays` with a plan and a place for feature maps."""
+    device = next(model.parameters()).device
+    with net.strips(plan.pixels, workspace), autocast(device, precision):
+        fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
+    if callable(normalise):
+        return to_levels(normalise(fused))
+    return to_levels(stretch(fused) if normalise else fused.clamp(0, 1))
+
+
+def find_weights(system: type, task: str, given: Path | str | None = None) -> list[Path]:
+    """The files of weights that are meant; the last one is the one trained for the task.
+
+    Args:
+        system: a class of the zoo.
+        task: "ivf" or "mif".
+        given: a file; the word "published" for those that tools/download.py fetches; None for those in models/.
+
+    Raises:
+        InputError: there are none of the system, or the published ones have not been fetched yet.
+    """
+    if given is None:
+        return system.bundled_weights(task)
+    if str(given) != PUBLISHED or Path(given).is_file():
+        return [Path(given)]
+    names = getattr(system, "published", {}).get(task)
+    if not names:
+        raise InputError(f"where the published weights of {system.label} lie is not recorded; name a file of them")
+    paths = [in_checkout("models", PUBLISHED, name) for name in names]
+    absent = next((path for path in paths if not path.is_file()), None)
+    if absent:
+        raise InputError(f"no published weights at {absent}; run `python -m tools.download weights`")
+    return paths
+
+
+def load_system(
+    system: type, weights: Path, fusing: str, skip: str | None, device: torch.device | str
+) -> tuple[Any, str]:
+    """A system with its weights, in evaluation mode, and what its decoder is to be given.
+
+    Args:
+        system: a class of the zoo.
+        weights: a file in the system's published format.
+        fusing: the task, "ivf" or "mif".
+        skip: one of `system.skips`, or None for the one that suits weights and task.
+        device: where to run.
+
+    Raises:
+        FileNotFoundError, InputError: as the system's `load_published`; or an unknown skip.
+    """
+    model = system().to(device).eval()
+    about = model.load_published(weights)
+    # Published files say nothing about themselves; their names do.
+    trained_for = about.get("task") or ("mif" if "MIF" in weights.stem.upper() else "ivf")
+    trained_with = about.get("decoder_image", "auto")  # an option of the training, where the system has it
+    skip = skip or (model.default_skip(trained_for, fusing) if trained_with == "auto" else trained_with)
+    if (trained_for, fusing) == ("mif", "ivf"):  # the other way round is a row of the published tables
+        print(f"note: {weights} are for medical images; infrared and visible ones need others", file=sys.stderr)
+    if skip not in model.skips:
+        raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
+    return model, skip
+
+
+class Fuser(nn.Module):
+    """A system with everything decided: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused, the same.
+
+    Attributes:
+        system: the system of the zoo.
+        weights: the file it has its weights from.
+        skip: what its decoder is given.
+        stretched: whether each fused image is stretched to the full range, as the test scripts do, or clipped.
+    """
+
+    def __init__(self, system: nn.Module, weights: Path, skip: str, stretched: bool = True) -> None:
+        super().__init__()
+        self.system, self.weights, self.skip, self.stretched = system, weights, skip, stretched
+
+    def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
+        in_strips = vis.device.type == "cpu" and not self.training and not torch.compiler.is_exporting()
+        with net.strips(CPU_PIECE_PIXELS if in_strips else 0):
+            fused = self.system.fuse(vis, ir, self.skip)
+        return stretch(fused) if self.stretched else fused.clamp(0, 1)
+
+    def about(self) -> dict[str, Any]:
+        """What a file made of it should say of itself."""
+        return {
+            "system": self.system.label, "weights": self.weights.name, "weights_sha256": file_sha256(self.weights),
+            "skip": self.skip, "stretched": self.stretched,
+        }  # fmt: skip
+
+
+def load_fuser(
+    system: type,
+    task: str = "ivf",
+    weights: Path | str | None = None,
+    skip: str | None = None,
+    *,
+    stretched: bool | None = None,
+    device: torch.device | str = "cpu",
+) -> Fuser:
+    """A `Fuser` of a system, in evaluation mode.
+
+    Args:
+        system: a class of the zoo.
+        task: what will be fused, "ivf" or "mif".
+        weights: a file in the system's published format, or "published"; by default the one in models/ for the task.
+        skip, stretched: see `Fuser`; by default what suits weights, task and system.
+        device: where to run.
+
+    Raises:
+        FileNotFoundError, InputError: as `load_system`; no such task; or no weights of the system are bundled.
+    """
+    path = find_weights(system, task, weights)[-1]
+    model, skip = load_system(system, path, task, skip, device)
+    return Fuser(model, path, skip, model.is_stretched(stretched)).eval()

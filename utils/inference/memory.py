@@ -1,0 +1,221 @@
+"""How much memory fusing one image may take: the plan, and feature maps in memory or in a scratch file.
+
+Between two sweeps over an image CDDFuse keeps two maps of 64 channels, 512 bytes a pixel in float32, and while
+attention values are kept two more. Everything else is of the size of a piece or of the images themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import mmap
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import net
+from utils.common import InputError, free_memory
+
+# Pieces of so many pixels are fastest: on a CPU because a piece stays in the cache, on a GPU because few are needed.
+CPU_PIECE_PIXELS = 16384
+CUDA_PIECE_PIXELS = 2**20
+SMALLEST_PIECE = 256
+WORTH_MAPS = 8  # pieces are made smaller by up to this factor, so that maps fit into memory
+
+LIBRARY_BYTES = 64 * 10**6  # what torch and its libraries take at their first call, and as much again
+IMAGE_BYTES = 48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its stretching
+PIECE_BYTES = 6000  # a pixel of a piece and of its halo, both modalities: the maps within one block
+# A pixel of a row of pieces: two copies of both modalities, and the pages of the scratch file below them.
+BAND_BYTES = 4 * 2 * 64 * 4
+MAP_BYTES = 2 * 64 * 4  # a pixel of the image: what CDDFuse keeps of both modalities between two sweeps
+WIDEST_HALO = 6  # pixels, of the detail branch
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", "500 MB" or "1.5GiB"; a type for argparse.
+
+    >>> parse_size("1.5GB")
+    1500000000
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?)?B?\s*", text.upper())
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 2GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def format_size(size: float) -> str:
+    """
+    >>> format_size(1_540_000_000)
+    '1.54 GB'
+    """
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def memory_left() -> int:
+    """As `utils.free_memory`; a guess that suits any machine where the system does not say."""
+    free = free_memory()
+    return 4 * 10**9 if free is None else free
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one image is fused.
+
+    Attributes:
+        pixels: of a piece, over all images of a batch.
+        map_room: bytes of memory for feature maps; those that do not fit go to the scratch file.
+        working: bytes that images, pieces and rows of pieces take besides.
+    """
+
+    pixels: int
+    map_room: int
+    working: int
+
+
+def plan_memory(height: int, width: int, *, free: int, kind: str = "cpu", element_size: int = 4) -> Plan:
+    """The plan for images of this size.
+
+    Args:
+        height, width: of the images.
+        free: bytes that may be taken beyond what the process has.
+        kind: of the device, "cpu" or "cuda".
+        element_size: bytes of a value of a feature map.
+
+    Raises:
+        InputError: not even the smallest pieces fit.
+    """
+    most_pixels = CPU_PIECE_PIXELS if kind == "cpu" else CUDA_PIECE_PIXELS
+    sizes = [max(most_pixels >> i, SMALLEST_PIECE) for i in range(most_pixels.bit_length())]
+    images, maps = IMAGE_BYTES * height * width, MAP_BYTES * height * width * element_size // 4
+    working = [
+        LIBRARY_BYTES + images + piece_memory(height, width, pixels) * element_size // 4 * 5 // 4  # the heap has gaps
+        for pixels in sizes
+    ]
+    # Maps in memory are worth smaller pieces, down to an eighth: beyond that a scratch file and the best pieces were
+    # measured to take less time (benchmarks/RESULTS.md). Large pieces are worth more than room that holds no map.
+    for needed, smallest in ((maps, most_pixels // WORTH_MAPS), (0, 0)):
+        for pixels, taken in zip(sizes, working, strict=True):
+            if pixels >= smallest and taken + needed <= free:
+                return Plan(pixels, free - taken, taken)
+    raise InputError(
+        f"{width}x{height} pixels need {format_size(working[-1])} beyond the {format_size(resident_memory())} that "
+        f"is taken, and {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
+    )
+
+
+def piece_memory(height: int, width: int, pixels: int) -> int:
+    """Bytes that pieces of so many pixels take, in float32."""
+    pixels = min(pixels, 2 * height * width)
+    rows = max(1, math.isqrt(pixels // 2), pixels // 2 // width)
+    columns = min(width, max(1, pixels // 2 // rows))
+    band = (min(rows, height) + 2 * WIDEST_HALO) * width * BAND_BYTES
+    return band + (rows + 2 * WIDEST_HALO) * (columns + 2 * WIDEST_HALO) * PIECE_BYTES
+
+
+class BoundedWorkspace(net.Workspace):
+    """Feature maps in memory while there is room, then in temporary files.
+
+    On a CUDA device maps that do not fit there are kept in the machine's memory, and then in files.
+
+    Args:
+        room: bytes for maps on the device.
+        device: where pieces are worked on.
+        scratch: folder of the files; None: the system's folder for temporary files.
+        host_room: bytes for maps in the machine's memory, where the device has its own.
+    """
+
+    def __init__(
+        self, room: int, device: torch.device | str = "cpu", scratch: Path | None = None, host_room: int = 0
+    ) -> None:
+        self.device = torch.device(device)
+        self.room = {"device": room, "host": host_room, "scratch": 0}
+        self.scratch = Path(scratch or tempfile.gettempdir())
+        self.most = dict.fromkeys(self.room, 0)  # bytes that lay there at one time
+        self._taken = dict.fromkeys(self.room, 0)
+        self._before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        self._mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    def new_map(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return self._place(shape, like.dtype, ("device", "host", "scratch"))
+
+    def spare_map(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
+        return self._place(shape, like.dtype, ("device",))
+
+    def fetch(self, piece: Tensor) -> Tensor:
+        return piece.to(self.device, non_blocking=True)
+
+    def row_done(self) -> None:
+        # Pages that were read or written stay in the process until they are let go; the file keeps them.
+        for mapped in self._mapped:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _place(self, shape: Sequence[int], dtype: torch.dtype, places: Sequence[str]) -> Tensor | None:
+        batch, channels, height, width = shape
+        size = math.prod(shape) * dtype.itemsize
+        for place in places:
+            if place == "device" and self.device.type == "cuda":
+                self._taken[place] = torch.cuda.memory_allocated(self.device) - self._before
+            if place != "scratch" and self._taken[place] + size > self.room[place]:
+                continue
+            if place == "device" and self.device.type != "cpu":
+                x = torch.empty((batch, height, width, channels), dtype=dtype, device=self.device)
+            else:
+                # The array, unlike a tensor's Python object, lives exactly as long as the memory.
+                array = np.empty(size, np.uint8) if place != "scratch" else self._in_file(size)
+                self._count(place, size, array)
+                x = torch.from_numpy(array).view(dtype).view(batch, height, width, channels)
+            return x.permute(0, 3, 1, 2)
+        return None
+
+    def _count(self, place: str, size: int, owner: object) -> None:
+        self._taken[place] += size
+        self.most[place] = max(self.most[place], self._taken[place])
+
+        def free() -> None:
+            self._taken[place] -= size
+
+        weakref.finalize(owner, free)
+
+    def _in_file(self, size: int) -> np.ndarray:
+        """Zeroed bytes in a file without a name, which the system removes however the process ends.
+
+        Raises:
+            InputError: there is no room for it.
+        """
+        try:
+            with tempfile.TemporaryFile(dir=self.scratch) as file:
+                reserve = getattr(os, "posix_fallocate", _extend)
+                reserve(file.fileno(), 0, size)  # now, because a full disk kills a process that writes to a mapping
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            room = shutil.disk_usage(self.scratch).free if self.scratch.is_dir() else 0
+            raise InputError(
+                f"feature maps need a scratch file of {format_size(size)} in {self.scratch}, where {format_size(room)} "
+                f"are free ({error.strerror}); name another folder with --scratch, or give --max-memory more"
+            ) from error
+        if hasattr(mapped, "madvise"):
+            self._mapped.add(mapped)
+        return np.frombuffer(mapped, np.uint8)
+
+
+def _extend(descriptor: int, start: int, size: int) -> None:
+    os.truncate(descriptor, start + size)

@@ -1,0 +1,144 @@
+"""What a training shows of itself: scores on held-out pairs, panels to look at, curves for TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import net
+from utils.data.images import grey_of, one_below_another, side_by_side, to_uint8
+from utils.data.patches import Batch, HeldOut
+from utils.data.saliency import visual_saliency
+from utils.evaluation.scores import means
+from utils.inference.fusing import autocast, fuse_arrays, to_network
+from utils.inference.memory import CPU_PIECE_PIXELS, CUDA_PIECE_PIXELS
+from utils.metrics import PAPER_TABLE, score
+from utils.training.distributed import alone
+
+if TYPE_CHECKING:
+    from zoo import Stage
+
+PANEL_PAIRS = 4
+
+
+class Validation(NamedTuple):
+    """Means over the held-out pairs: the stage's loss terms, and the metrics of the table (protocol `paper`)."""
+
+    losses: dict[str, float]
+    metrics: dict[str, float]
+
+
+@torch.inference_mode()
+def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], precision: str) -> Validation:
+    """Losses and scores of a system in training on pairs that it does not train on; its mode is kept."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    skip = stage.skip or model.default_skip(task, task)
+    losses, metrics = [], []
+    for number, pair in enumerate(pairs):
+        images = (pair.vis, pair.ir, visual_saliency(pair.ir))
+        vis, ir, ir_saliency = (to_network(image, device) for image in images)
+        given = stage.prepare(Batch(vis, ir, ir_saliency=ir_saliency), (0, number))
+        with autocast(device, precision), alone():
+            terms = stage.losses(given)
+        losses.append({name: value.item() for name, value in terms.items()})
+        fused = fused_levels(model, pair, skip, precision)
+        scores = score(*(grey_of(image) for image in (fused, pair.ir, pair.vis)))
+        metrics.append({name: scores[name] for name in PAPER_TABLE})
+    model.train(training)
+    return Validation(means(losses), means(metrics))
+
+
+def fused_levels(model: Any, pair: HeldOut, skip: str, precision: str) -> np.ndarray:
+    return to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.stretched, precision=precision))
+
+
+@torch.inference_mode()
+def draw_panel(
+    model: Any, task: str, pairs: Sequence[HeldOut], precision: str = "float32", *, skip: str = ""
+) -> np.ndarray:
+    """A row a pair: visible, infrared, what the system shows of its features, fused; uint8 (H, W), or (H, W, 3) where
+    the system takes colour and a pair has some.
+
+    Feature maps are the mean magnitude over channels, each stretched to the full range. `skip` as in `Stage`.
+    """
+    training = model.training
+    model.eval()
+    skip = skip or model.default_skip(task, task)
+    rows = []
+    for pair in pairs[:PANEL_PAIRS]:
+        shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir).values()]
+        rows.append(side_by_side([*shown, fused_levels(model, pair, skip, precision)]))
+    model.train(training)
+    return one_below_another(rows)
+
+
+@torch.inference_mode()
+def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.ndarray]:
+    """What a system shows of its features of a pair, for a panel; nothing where it shows none.
+
+    Args:
+        model: the system, in evaluation mode.
+        vis, ir: grey levels (H, W) in [0, 255].
+
+    Returns:
+        By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, stretched to the full range.
+        Nothing, and a line on stderr, where a GPU has no memory for them.
+    """
+    if not hasattr(model, "features"):
+        return {}
+    device = next(model.parameters()).device
+    try:
+        with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else CUDA_PIECE_PIXELS // 16):  # seldom drawn: small
+            maps = model.features(to_network(vis, device), to_network(ir, device))
+    except torch.OutOfMemoryError:
+        print(f"warning: {device} has no memory for the features of a pair; they are not drawn", file=sys.stderr)
+        return {}
+    return {name: _stretched(value) for name, value in maps.items()}
+
+
+class Curves:
+    """Curves for TensorBoard in a folder; does nothing where the package `tensorboard` is not installed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.writer = None
+        else:
+            # What a run that was killed wrote beyond its last checkpoint is dropped.
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def scalars(self, step: int, groups: Mapping[str, Any]) -> None:
+        """Writes every number of nested dicts under its path, e.g. losses/gradient."""
+        if self.writer is None:
+            return
+        for name, value in groups.items():
+            if isinstance(value, Mapping):
+                self.scalars(step, {f"{name}/{key}": inner for key, inner in value.items()})
+            else:
+                self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        if self.writer is not None:
+            self.writer.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+
+    def __enter__(self) -> Curves:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _stretched(maps: Tensor) -> np.ndarray:
+    magnitude = maps[0].float().abs().mean(dim=0)
+    low, high = magnitude.min(), magnitude.max()
+    return ((magnitude - low) / (high - low).clamp_min(1e-12) * 255).round().byte().cpu().numpy()
