@@ -19,7 +19,8 @@ from tqdm import tqdm
 from utils.common import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
 from utils.data.degradation import INFRARED, VISIBLE
 from utils.data.degradation_panel import write_examples
-from utils.data.images import Pair, check_same_size, find_modalities, list_pairs, luma_of, read_colour, read_luma
+from utils.data.images import luma_of, read_colour, read_luma
+from utils.data.pairs import Pair, check_same_size, find_modalities, list_pairs
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.saliency import visual_saliency
 from utils.metrics import SMALLEST_SCORED

@@ -34,8 +34,8 @@ from utils.common import (
     listed,
     run_script,
 )
-from utils.data.images import find_modalities
 from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
+from utils.data.pairs import find_modalities
 from utils.evaluation import tables
 from utils.evaluation.folders import Evaluation, Scorer, evaluate
 from utils.evaluation.plots import import_figure, plot

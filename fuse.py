@@ -31,18 +31,10 @@ from utils.common import (
     sigterm_as_ctrl_c,
     whole_file,
 )
-from utils.data.images import (
-    DEEP_SUFFIXES,
-    SUFFIXES,
-    PairList,
-    check_format,
-    list_pairs,
-    side_by_side,
-    to_uint8,
-    write_image,
-)
+from utils.data.images import DEEP_SUFFIXES, SUFFIXES, check_format, side_by_side, to_uint8, write_image
+from utils.data.pairs import PairList, list_pairs
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography
-from utils.data.sources import COLOURS, Registration, Source, fuse_sources, read_source
+from utils.data.sources import Registration, Source, read_source
 from utils.data.video import (
     DEFAULT_RATE,
     Flicker,
@@ -55,6 +47,7 @@ from utils.data.video import (
     is_video,
 )
 from utils.evaluation.benchmark import Method, left_out, load_method
+from utils.inference.colour import COLOURS, fuse_sources
 from utils.inference.fusing import SKIP_HELP, add_inference_options, find_weights, pick_device, pick_precision
 from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system

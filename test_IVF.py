@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from utils.common import run_script
-from utils.data.sets import Benchmark
+from utils.data.pairs import Benchmark
 from utils.evaluation.benchmark import add_arguments, run_benchmark
 from zoo import SYSTEMS, find_system
 

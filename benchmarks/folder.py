@@ -27,8 +27,7 @@ import torch
 from benchmarks.metrics import processor
 from test_IVF import IVF
 from utils.common import InputError, git_commit, testing
-from utils.data.images import find_modalities, list_pairs
-from utils.data.sets import TestSet
+from utils.data.pairs import TestSet, find_modalities, list_pairs
 from utils.inference.fusing import find_weights, keep_freed_memory, pick_device
 from zoo import SYSTEMS, find_system
 

@@ -287,7 +287,7 @@ def answer(weights: Path, system: str, device: str) -> list[float]:
     """The bundled pair fused: mean and standard deviation of each block of the image, in grey levels."""
     import numpy as np
 
-    from utils.data.images import list_pairs
+    from utils.data.pairs import list_pairs
     from utils.inference.fusing import fuse_arrays, load_fuser
     from zoo import find_system
 

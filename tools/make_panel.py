@@ -13,7 +13,8 @@ from pathlib import Path
 import cv2
 
 from utils.common import in_checkout, run_script
-from utils.data.images import find_modalities, list_pairs, one_below_another, to_uint8, write_grey
+from utils.data.images import one_below_another, to_uint8, write_grey
+from utils.data.pairs import find_modalities, list_pairs
 from utils.data.patches import HeldOut
 from utils.training.monitor import draw_panel
 from zoo.cddfuse import CDDFuseSystem

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 
 from utils.common import InputError, in_checkout, listed
-from utils.data.images import find_modalities, list_pairs, read_grey, side_by_side, to_uint8, write_image
+from utils.data.images import read_grey, side_by_side, to_uint8, write_image
+from utils.data.pairs import find_modalities, list_pairs
 from utils.data.registration import edge_shift, resize
-from utils.data.sources import COLOURS, Registration, Source, fuse_sources, read_source
+from utils.data.sources import Registration, Source, read_source
 from utils.evaluation.benchmark import Method, load_method
+from utils.inference.colour import COLOURS, fuse_sources
 from utils.inference.fusing import memory_to_take
 from utils.inference.memory import format_size
 from utils.metrics import METRICS, score

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from utils.common import InputError
+from utils.data.pairs import find_modalities, list_pairs
 from utils.data.registration import coverage, edge_shift, read_homography, resize, warp
-from utils.data.images import find_modalities, list_pairs
 
 
 def scene(height=90, width=120, seed=0):

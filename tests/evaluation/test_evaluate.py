@@ -14,8 +14,9 @@ import pytest
 import evaluate
 from tests.conftest import write_pair
 from utils.common import ROOT
-from utils.data.images import list_pairs, read_grey, write_grey
+from utils.data.images import read_grey, write_grey
 from utils.data.manifests import list_digest, make_manifest, pair_digest
+from utils.data.pairs import list_pairs
 from utils.metrics import METRICS, PAPER_TABLE, score
 
 NAMES = ("01", "02", "b.x")

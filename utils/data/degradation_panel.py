@@ -10,7 +10,8 @@ import numpy as np
 
 from utils.common import InputError
 from utils.data.degradation import INFRARED, VISIBLE, Degradation, Ranges, to_levels, to_luma
-from utils.data.images import Pair, check_same_size, one_below_another, read_colour, side_by_side, write_colour
+from utils.data.images import one_below_another, read_colour, side_by_side, write_colour
+from utils.data.pairs import Pair, check_same_size
 
 
 def write_examples(

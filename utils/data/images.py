@@ -1,27 +1,21 @@
-"""Image files <-> arrays: the published grey rule, 8-bit writing, colour, and pairs of files by name.
+"""Image files <-> arrays: the published grey rule, writing, colour, images shown together.
 
 An image array here is (H, W) float32 grey levels in [0, 255], a colour image (H, W, 3), red first, in the same range.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from utils.common import InputError, listed, whole_file
+from utils.common import InputError, whole_file
 
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm .webp".split())
 DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
 _GAP = 4  # pixels of white between images that are shown together
-
-# Sub-folders of a data set, (visible or MRI, infrared or CT/PET/SPECT), in the order they are looked for.
-MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"), ("img1", "img2"))
 
 
 def read_grey(path: Path | str) -> np.ndarray:
@@ -252,147 +246,3 @@ def one_below_another(rows: Sequence[np.ndarray]) -> np.ndarray:
     padding = [((0, _GAP), (0, width - row.shape[1]), (0, 0)) for row in rows]
     rows = [np.pad(row, sides[: row.ndim], constant_values=255) for row, sides in zip(rows, padding, strict=True)]
     return np.concatenate(rows)
-
-
-class Pair(NamedTuple):
-    """Two files of one scene: `vis` is visible or MRI, `ir` is infrared, CT, PET or SPECT."""
-
-    name: str
-    vis: Path
-    ir: Path
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both images as grey levels, vis first.
-
-        Raises:
-            InputError: as `read_grey`, or the two sizes differ.
-        """
-        vis, ir = read_grey(self.vis), read_grey(self.ir)
-        check_same_size(self, vis, ir)
-        return vis, ir
-
-
-def check_same_size(pair: Pair, vis: np.ndarray, ir: np.ndarray) -> None:
-    if vis.shape[:2] != ir.shape[:2]:
-        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
-        raise InputError(
-            f"{pair.vis} is {sizes[0]} but {pair.ir} is {sizes[1]} (width x height); "
-            "a pair must be aligned and of one size: resize or crop one of the two files"
-        )
-
-
-@dataclass(frozen=True)
-class PairList:
-    """Pairs of two folders by file stem, sorted by name, and the file names that have no partner."""
-
-    pairs: tuple[Pair, ...]
-    only_vis: tuple[str, ...]
-    only_ir: tuple[str, ...]
-
-    def unmatched(self) -> str:
-        """One line naming the files without a partner, empty when there are none."""
-        sides = [(self.only_vis, "infrared (or CT/PET/SPECT)"), (self.only_ir, "visible (or MRI)")]
-        return "; ".join(f"no {missing} partner for {listed(names)}" for names, missing in sides if names)
-
-
-def list_pairs(vis_folder: Path | str, ir_folder: Path | str) -> PairList:
-    """Pairs the images of two folders by file name without its last suffix.
-
-    Other files and sub-folders are ignored, hidden files too.
-
-    Raises:
-        FileNotFoundError: a folder is missing.
-        InputError: two images of a folder share a stem, or not a single pair is found.
-    """
-    vis, ir = _images_by_stem(Path(vis_folder)), _images_by_stem(Path(ir_folder))
-    found = PairList(
-        pairs=tuple(Pair(stem, vis[stem], ir[stem]) for stem in sorted(vis.keys() & ir.keys())),
-        only_vis=tuple(vis[stem].name for stem in sorted(vis.keys() - ir.keys())),
-        only_ir=tuple(ir[stem].name for stem in sorted(ir.keys() - vis.keys())),
-    )
-    if not found.pairs:
-        raise InputError(
-            f"{vis_folder} and {ir_folder} share no image name ({len(vis)} and {len(ir)} images); "
-            "the two files of a pair need the same name, such as vi/01.png and ir/01.png"
-        )
-    return found
-
-
-def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList:
-    """Pairs the images of one folder by their numbers: `mrict7.png` with `ct7.png` for the stems `mrict` and `ct`.
-
-    A pair is called by its number, and pairs are in the order of the numbers. Files with other stems are ignored.
-
-    Args:
-        folder: holds both images of every pair.
-        vis_stem: what comes before the number in visible (or MRI) files.
-        ir_stem: the same for infrared (or CT, PET, SPECT) files.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        InputError: the stems are equal, a file fits both, or not a single pair is found.
-    """
-    images = _images_by_stem(Path(folder))
-
-    def numbered(stem: str) -> dict[str, Path]:
-        names = [name for name in images if re.fullmatch(re.escape(stem) + "[0-9]+", name)]
-        return {name.removeprefix(stem): images[name] for name in names}
-
-    vis, ir = numbered(vis_stem), numbered(ir_stem)
-    either = set(vis.values()) & set(ir.values())
-    if either:
-        raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
-    numbers = sorted(vis.keys() & ir.keys(), key=lambda number: (int(number), number))
-    if not numbers:
-        present = {re.sub("[0-9]+$", "", name) for name in images if name[-1:].isdigit()}
-        raise InputError(
-            f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
-        )
-    return PairList(
-        pairs=tuple(Pair(number, vis[number], ir[number]) for number in numbers),
-        only_vis=tuple(vis[number].name for number in sorted(vis.keys() - ir.keys())),
-        only_ir=tuple(ir[number].name for number in sorted(ir.keys() - vis.keys())),
-    )
-
-
-def known_modalities() -> str:
-    """The pairs of sub-folders that a data set may have, for a message."""
-    return ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
-
-
-def modalities_in(folder: Path) -> list[tuple[Path, Path]]:
-    """Every known combination of sub-folders that a folder holds, visible or MRI first."""
-    both = [(folder / vis, folder / ir) for vis, ir in MODALITIES]
-    return [(vis, ir) for vis, ir in both if vis.is_dir() and ir.is_dir()]
-
-
-def find_modalities(folder: Path | str) -> tuple[Path, Path]:
-    """The two sub-folders of a data set: (visible or MRI, infrared or CT/PET/SPECT).
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds none of the known combinations; they are named.
-        InputError: it holds several.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {folder}")
-    found = modalities_in(folder)
-    if not found:
-        raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known_modalities()}")
-    if len(found) > 1:
-        several = "; ".join(f"{vis.name}/ with {ir.name}/" for vis, ir in found)
-        raise InputError(f"{folder} holds more than one set ({several}); give each a folder of its own")
-    return found[0]
-
-
-def _images_by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at {folder}")
-    images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
-            continue
-        if path.stem in images:
-            raise InputError(f"{path} and {images[path.stem]} share a name, so their partner is unclear; remove one")
-        images[path.stem] = path
-    return images

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from utils.common import ROOT, InputError, file_sha256, listed, whole_file
-from utils.data.images import SUFFIXES, find_modalities, list_pairs, read_grey
+from utils.data.images import SUFFIXES, read_grey
+from utils.data.pairs import find_modalities, list_pairs
 
 FOLDER = ROOT / "results" / "manifests"
 SHOWN = 12  # hexadecimal digits of a digest in tables

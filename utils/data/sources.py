@@ -1,25 +1,17 @@
-"""A pair of sources from anywhere -> one fused image, in colour where a source has colour.
-
-Where a source comes from, a file or a frame of a video, and how the two are brought to one size is settled here;
-what is done with the fused image is the caller's.
-"""
+"""One source of a pair, a file or a frame of a video, with its colours; and how the two are brought to one size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from utils.common import InputError
+from utils.data.images import grey_of_frame, is_coloured, read_colour, read_grey
 from utils.data.registration import coverage, resize, warp
-from utils.data.images import grey_of_frame, is_coloured, read_colour, read_grey, with_colour_of
-from utils.inference.fusing import fuse_arrays
-
-COLOURS = ("both", "vis", "ir", "none")
 
 
 class Source(NamedTuple):
@@ -98,39 +90,3 @@ class Registration:
     @staticmethod
     def _each(source: Source, change: Callable[[np.ndarray], np.ndarray]) -> Source:
         return Source(source.name, change(source.grey), None if source.colour is None else change(source.colour))
-
-
-def fuse_sources(
-    model: Any,
-    vis: Source,
-    ir: Source,
-    skip: str,
-    *,
-    colour: str = "both",
-    normalise: bool | Callable[[Tensor], Tensor] = True,
-    precision: str = "float32",
-    max_memory: int | None = None,
-    scratch: Path | None = None,
-) -> np.ndarray:
-    """Fuses the grey levels of two sources of one size, and gives the result the colours of those that have some.
-
-    A system that takes colour is given that of the visible source and sees to it itself.
-
-    Args:
-        model, skip, normalise, precision, max_memory, scratch: as of `utils.inference.fusing.fuse_arrays`.
-        colour: which sources may give theirs: "both", "vis", "ir", or "none" for a grey result.
-
-    Returns:
-        float32 in [0, 255]: (H, W, 3), red first, or (H, W) where no source that may has colour.
-    """
-    given = vis.colour if model.takes_colour and vis.colour is not None and colour in ("both", "vis") else vis.grey
-    fused = fuse_arrays(
-        model, given, ir.grey, skip,
-        normalise=normalise, precision=precision, max_memory=max_memory, scratch=scratch,
-    )  # fmt: skip
-    if fused.ndim == 3:
-        return np.clip(fused, 0, 255)
-    asked = {"both": (vis, ir), "vis": (vis,), "ir": (ir,), "none": ()}[colour]
-    colours = [source.colour for source in asked if source.colour is not None]
-    # Clipped here, not where files are written: a panel and a video show the same colours as an image file.
-    return np.clip(with_colour_of(fused, *colours), 0, 255) if colours else fused

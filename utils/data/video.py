@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from utils.common import InputError, check_writable
-from utils.data.images import PairList, to_uint8, write_image
+from utils.data.images import to_uint8, write_image
+from utils.data.pairs import PairList
 from utils.data.sources import Source, frame_source, read_source
 
 SUFFIXES = frozenset(".avi .mp4 .mkv .mov .m4v .mpg .mpeg .webm .wmv .ts".split())

@@ -32,18 +32,9 @@ from utils.common import (
     progress,
 )
 from utils.data.degradation import degrade_pair
-from utils.data.images import (
-    Pair,
-    is_coloured,
-    luma_of,
-    read_colour,
-    read_grey,
-    with_colour_of,
-    write_colour,
-    write_image,
-)
+from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_colour, write_image
 from utils.data.manifests import SHOWN, list_digest, pair_digest
-from utils.data.sets import Benchmark, TestSet, find_sets
+from utils.data.pairs import Benchmark, Pair, TestSet, find_sets
 from utils.evaluation.folders import BASELINES, baseline_labels
 from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 from utils.inference.fusing import (
