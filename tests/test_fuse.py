@@ -288,7 +288,7 @@ def test_an_interrupted_video_can_be_played_and_replaces_nothing(how, tmp_path, 
     [
         ("ir/none.png", "vi/a.png", "f.png", (), "nothing at"),
         ("ir", "vi/a.png", "f.png", (), "one kind"),
-        ("ir/a.png", "vi/a.png", "f.webp", (), "unknown image format"),
+        ("ir/a.png", "vi/a.png", "f.xyz", (), "unknown image format"),
         ("ir/a.png", "vi/a.png", "f.mkv", (), "is a video"),
         ("ir/a.png", "vi/a.png", "vi/a.png", (), "write over the source"),
         ("ir", "vi", "vi", (), "write over the source"),
