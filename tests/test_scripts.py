@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -23,6 +24,7 @@ from utils.common import ROOT
 from utils.data.images import chroma, read_colour, read_grey, write_grey
 from utils.data.manifests import make_manifest
 from utils.data.pairs import find_sets
+from utils.evaluation.benchmark import add_arguments
 from utils.inference.checkpoint import save_checkpoint
 from utils.inference.fusing import fuse_arrays
 from utils.metrics import score
@@ -221,6 +223,21 @@ def test_names_that_are_not_utf_8_are_scored_too(infrared, weights, tmp_path, ca
     assert code == 0 and "2 pairs" in out
 
 
+def test_two_folders_of_unlike_names_and_the_first_pairs_alone(infrared, weights, tmp_path, capsys):
+    for seed, name in enumerate(("0_rgb.png", "1_rgb.png", "2_rgb.png")):
+        write_pair(tmp_path / "x" / "SET", ("RGB", "IR"), name, seed, size=(43, 51))
+        (tmp_path / "x/SET/IR" / name).rename(tmp_path / "x/SET/IR" / name.replace("rgb", "nir"))
+    options = ("--weights", weights, "--out", tmp_path / "out", "--limit", 2)
+    both = ("--vi", tmp_path / "x/SET/RGB", "--ir", tmp_path / "x/SET/IR")
+    code, _, err = run(test_IVF, capsys, *both, *options)
+    assert code == 2 and "--pair-by number makes 3 pairs, such as 0_rgb.png with 0_nir.png" in err
+    for sources in (both, ("--data", tmp_path / "x/SET")):
+        code, out, _ = run(test_IVF, capsys, *sources, *options, "--pair-by", "number")
+        assert code == 0 and "The test result of SET_first_2 :" in out and "2 pairs" in out
+    done = sorted(path.name for path in (tmp_path / "out/CDDFuse_IVF/SET_first_2").iterdir())
+    assert done == ["0_rgb.png", "1_rgb.png", "metrics.csv", "metrics.json"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -264,11 +281,12 @@ def test_protocol_and_stretch_are_options(infrared, weights, tmp_path, capsys):
 @pytest.mark.parametrize("script", [test_IVF, test_MIF])
 def test_without_benchmark_folders_the_samples_are_shown_and_the_user_is_told(script, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("FUSION_DATA", raising=False)
-    args = type("Args", (), {"data": None, "sets": None, "pairs": "folders", "stems": None})()
     benchmark = script.IVF if script is test_IVF else script.MIF
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, benchmark, ["cddfuse"])
     if any((ROOT / "test_img" / name).is_dir() for name in benchmark.sets):
         pytest.skip("the benchmark folders are in test_img/")
-    found = find_sets(args, benchmark)
+    found = find_sets(parser.parse_args([]), benchmark)
     assert tuple(test_set.name for test_set in found) == benchmark.samples
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and all(name in said for name in benchmark.sets) and "test_img" in said
@@ -353,14 +371,14 @@ def test_flat_folder_is_read_in_the_roles_that_are_asked_for(flat, mlfuse_weight
     images = {}
     for stems in (("mr", "ct"), ("ct", "mr")):
         code, out, _ = run(
-            test_MIF, capsys, "--system", "mlfuse", "--weights", mlfuse_weights, "--data", flat, "--pairs", "flat",
-            "--stems", *stems, "--out", tmp_path / stems[0], "--baselines",
+            test_MIF, capsys, "--system", "mlfuse", "--weights", mlfuse_weights, "--data", flat, "--stems", *stems,
+            "--out", tmp_path / stems[0], "--baselines",
         )  # fmt: skip
         folder = tmp_path / stems[0] / "small" / "flat"
         assert code == 0 and "2 pairs" in out and f"{stems[0]} only" in out
         facts = json.loads((folder / "metrics.json").read_text())
         assert (facts["vis"], facts["ir"]) == stems
-        images[stems] = read_grey(folder / "1.png")
+        images[stems] = read_grey(folder / f"{stems[0]}1.png")
     model = MLFuseSystem().eval()
     model.load_published(mlfuse_weights)
     mr, ct = (read_grey(flat / f"{stem}1.png") for stem in ("mr", "ct"))
@@ -372,12 +390,13 @@ def test_flat_folder_is_read_in_the_roles_that_are_asked_for(flat, mlfuse_weight
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--pairs", "flat"), "needs --data DIR and --stems VIS IR"),
-        (("--stems", "mr", "ct"), "add --pairs flat"),
-        (("--pairs", "flat", "--stems", "mri", "ct"), "the stems in it are ct, mr"),
-        (("--pairs", "flat", "--stems", "mr", "ct", "--sets", "none"), "no image folder"),
-        (("--pairs", "flat", "--stems", "mr", "ct", "--skip", "vis"), "takes one of: none"),
-        (("--pairs", "flat", "--stems", "mr", "ct", "--columns", "EN", "LPIPS"), "no metric or table 'LPIPS'"),
+        ((), "must hold two folders of images"),
+        (("--stems", "mri", "ct"), "the stems in it are ct, mr"),
+        (("--stems", "mr", "ct", "--sets", "none"), "no image folder"),
+        (("--stems", "mr", "ct", "--skip", "vis"), "takes one of: none"),
+        (("--stems", "mr", "ct", "--columns", "EN", "LPIPS"), "no metric or table 'LPIPS'"),
+        (("--stems", "mr", "ct", "--limit", "0"), "--limit 0 must be at least 1"),
+        (("--vi", "a", "--ir", "b"), "in place of --data"),
     ],
 )
 def test_roles_are_never_guessed(flat, mlfuse_weights, tmp_path, capsys, options, message):

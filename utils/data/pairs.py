@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import re
+import shlex
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +17,19 @@ import numpy as np
 from utils.common import InputError, benchmark_root, in_checkout, listed
 from utils.data.images import SUFFIXES, read_grey
 
-# Sub-folders of a data set, (visible or MRI, infrared or CT/PET/SPECT), in the order they are looked for.
-MODALITIES = (("vi", "ir"), ("vis", "ir"), ("MRI", "CT"), ("MRI", "PET"), ("MRI", "SPECT"), ("img1", "img2"))
+# Task, and what its sub-folders are called, in any case: visible or MRI, and infrared or CT, PET, SPECT.
+LAYOUTS = (
+    ("ivf", ("vi", "vis", "visible", "rgb"), ("ir", "infrared", "lwir", "nir", "thermal", "thermal_8_bit")),
+    ("mif", ("mri",), ("ct", "pet", "spect")),
+    ("", ("img1",), ("img2",)),
+)
+PARTS = ("train", "test")  # folders that may lie above or below those two
+# Tried for a proposal, the most natural first: the last number of a name, and the first.
+_PROPOSED = ("stem", "number", "([0-9]+)[^0-9]*$", "^[^0-9]*([0-9]+)")
 
 
 class Pair(NamedTuple):
-    """Two files of one scene: `vis` is visible or MRI, `ir` is infrared, CT, PET or SPECT."""
+    """Files of one scene: `vis` is visible or MRI, `ir` is infrared, CT, PET or SPECT; `name` is the stem of `vis`."""
 
     name: str
     vis: Path
@@ -46,7 +57,7 @@ def check_same_size(pair: Pair, vis: np.ndarray, ir: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class PairList:
-    """Pairs of two folders by file stem, sorted by name, and the file names that have no partner."""
+    """Pairs of two folders, sorted, and the file names that have no partner."""
 
     pairs: tuple[Pair, ...]
     only_vis: tuple[str, ...]
@@ -57,34 +68,68 @@ class PairList:
         sides = [(self.only_vis, "infrared (or CT/PET/SPECT)"), (self.only_ir, "visible (or MRI)")]
         return "; ".join(f"no {missing} partner for {listed(names)}" for names, missing in sides if names)
 
+    def check_usable(self) -> None:
+        """Says once, before the work, what would be said of every pair. One good pair is enough.
 
-def list_pairs(vis_folder: Path | str, ir_folder: Path | str) -> PairList:
-    """Pairs the images of two folders by file name without its last suffix.
+        Raises:
+            InputError: every pair is of two sizes or cannot be read.
+        """
+        first = None
+        for pair in self.pairs:
+            try:
+                pair.read()
+                return
+            except (InputError, OSError) as error:
+                first = first or error
+        raise InputError(f"not one of {len(self.pairs)} pairs can be used. The first: {first}")
 
-    Other files and sub-folders are ignored, hidden files too.
+
+def add_pair_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--pair-by`, which `list_pairs` takes as `by`."""
+    parser.add_argument(
+        "--pair-by",
+        default="stem",
+        metavar="stem|number|order|REGEX",
+        help="what makes two files a pair: equal names up to the suffix, equal numbers in the names, their order, or "
+        "equal groups of a regular expression that is searched in both names (default: stem)",
+    )
+
+
+def refuse_one_source(vis: Path, ir: Path) -> None:
+    """Raises InputError where both roles are one folder, file or video, links resolved."""
+    if vis.exists() and ir.exists() and os.path.samefile(vis, ir):
+        raise InputError(f"{vis} and {ir} are one and the same; --vi is the visible (or MRI) source, --ir the other")
+
+
+def list_pairs(vis_folder: Path | str, ir_folder: Path | str, by: str = "stem") -> PairList:
+    """Pairs the images of two folders. Other files and sub-folders are ignored, hidden files too.
+
+    Args:
+        vis_folder, ir_folder: visible (or MRI) images, and infrared (or CT, PET, SPECT) ones.
+        by: "stem", the name without its last suffix; "number", all numbers in it, so that `1_rgb` belongs to `001`;
+            "order", where 10 follows 9; or a regular expression that is searched in it: its groups, else all it finds.
 
     Raises:
         FileNotFoundError: a folder is missing.
-        InputError: two images of a folder share a stem, or not a single pair is found.
+        InputError: two images of a folder are alike, not a single pair is found, or `by` is no regular expression.
     """
-    vis, ir = _images_by_stem(Path(vis_folder)), _images_by_stem(Path(ir_folder))
-    found = PairList(
-        pairs=tuple(Pair(stem, vis[stem], ir[stem]) for stem in sorted(vis.keys() & ir.keys())),
-        only_vis=tuple(vis[stem].name for stem in sorted(vis.keys() - ir.keys())),
-        only_ir=tuple(ir[stem].name for stem in sorted(ir.keys() - vis.keys())),
-    )
+    vis, ir = _images(Path(vis_folder)), _images(Path(ir_folder))
+    if by == "order" and len(vis) != len(ir):
+        raise InputError(f"--pair-by order: {vis_folder} has {len(vis)} images and {ir_folder} {len(ir)}")
+    found = _match(_keyed(vis, by), _keyed(ir, by))
     if not found.pairs:
+        names = " and ".join(str(images[0]) if images else "no image" for images in (vis, ir))
         raise InputError(
-            f"{vis_folder} and {ir_folder} share no image name ({len(vis)} and {len(ir)} images); "
-            "the two files of a pair need the same name, such as vi/01.png and ir/01.png"
+            f"{vis_folder} and {ir_folder} share no image name by --pair-by {by} ({len(vis)} and {len(ir)} images, "
+            f"such as {names}); {_proposal(vis, ir)}"
         )
-    return found
+    return found if by != "stem" else dataclasses.replace(found, pairs=tuple(sorted(found.pairs)))
 
 
 def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList:
     """Pairs the images of one folder by their numbers: `mrict7.png` with `ct7.png` for the stems `mrict` and `ct`.
 
-    A pair is called by its number, and pairs are in the order of the numbers. Files with other stems are ignored.
+    Files with other stems are ignored.
 
     Args:
         folder: holds both images of every pair.
@@ -95,45 +140,116 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
         FileNotFoundError: no such folder.
         InputError: the stems are equal, a file fits both, or not a single pair is found.
     """
-    images = _images_by_stem(Path(folder))
-
-    def numbered(stem: str) -> dict[str, Path]:
-        names = [name for name in images if re.fullmatch(re.escape(stem) + "[0-9]+", name)]
-        return {name.removeprefix(stem): images[name] for name in names}
-
-    vis, ir = numbered(vis_stem), numbered(ir_stem)
-    either = set(vis.values()) & set(ir.values())
+    images = _images(Path(folder))
+    by = [f"^{re.escape(stem)}([0-9]+)$" for stem in (vis_stem, ir_stem)]
+    vis, ir = ([path for path in images if re.search(each, path.stem)] for each in by)
+    either = [path.name for path in vis if path in ir]
     if either:
         raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
-    numbers = sorted(vis.keys() & ir.keys(), key=lambda number: (int(number), number))
-    if not numbers:
-        present = {re.sub("[0-9]+$", "", name) for name in images if name[-1:].isdigit()}
+    found = _match(_keyed(vis, by[0]), _keyed(ir, by[1]))
+    if not found.pairs:
+        present = {re.sub("[0-9]+$", "", path.stem) for path in images if path.stem[-1:].isdigit()}
         raise InputError(
             f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
         )
-    return PairList(
-        pairs=tuple(Pair(number, vis[number], ir[number]) for number in numbers),
-        only_vis=tuple(vis[number].name for number in sorted(vis.keys() - ir.keys())),
-        only_ir=tuple(ir[number].name for number in sorted(ir.keys() - vis.keys())),
-    )
+    return found
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key to sort names by, so that 10 follows 9."""
+    parts = re.split("([0-9]+)", name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def _images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no image folder at {folder}")
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+    images = sorted((path for path in paths if path.is_file()), key=lambda path: natural(path.name))
+    _keyed(images, "stem")  # results are called by it
+    return images
+
+
+def _keyed(images: list[Path], by: str) -> dict[Hashable, Path]:
+    """What an image has in common with its partner -> the image; itself where there is no such thing in its name."""
+    if by == "order":
+        return dict(enumerate(images))
+    found: dict[Hashable, Path] = {}
+    for path in images:
+        if by in ("stem", "number"):
+            key = path.stem if by == "stem" else tuple(map(int, re.findall("[0-9]+", path.stem)))
+        else:
+            try:
+                match = re.search(by, path.stem)
+            except re.error as error:
+                raise InputError(
+                    f"--pair-by {by} is none of stem, number, order or a regular expression ({error})"
+                ) from None
+            key = match and (match.groups() or match.group())
+        other = found.setdefault(key or path, path)
+        if other != path:
+            what = {"stem": "name", "number": "number"}.get(by, f"match of --pair-by {by}")
+            raise InputError(f"{path} and {other} share a {what}, so their partner is unclear; remove one")
+    return found
+
+
+def _match(vis: dict[Hashable, Path], ir: dict[Hashable, Path]) -> PairList:
+    """In the order of the visible images."""
+    pairs = tuple(Pair(path.stem, path, ir[key]) for key, path in vis.items() if key in ir)
+    only = [tuple(path.name for key, path in one.items() if key not in other) for one, other in ((vis, ir), (ir, vis))]
+    return PairList(pairs, *only)
+
+
+def _proposal(vis: list[Path], ir: list[Path]) -> str:
+    """What to ask for instead, tried out: nothing is ever paired that was not asked for."""
+    best, how = PairList((), (), ()), ""
+    for by in _PROPOSED:
+        try:
+            found = _match(_keyed(vis, by), _keyed(ir, by))
+        except InputError:
+            continue
+        if len(found.pairs) > len(best.pairs):
+            best, how = found, by
+    if how:
+        example = f"{best.pairs[0].vis.name} with {best.pairs[0].ir.name}"
+        return f"--pair-by {shlex.quote(how)} makes {len(best.pairs)} pairs, such as {example}"
+    order = "--pair-by order if both are in one order, or " if vis and len(vis) == len(ir) else ""
+    return f"use {order}equal names for the two files of a pair, such as vi/01.png and ir/01.png"
 
 
 def known_modalities() -> str:
     """The pairs of sub-folders that a data set may have, for a message."""
-    return ", ".join(f"{vis}/ and {ir}/" for vis, ir in MODALITIES)
+    return ", ".join(f"{'|'.join(vis)} with {'|'.join(ir)}" for _, vis, ir in LAYOUTS)
 
 
-def modalities_in(folder: Path) -> list[tuple[Path, Path]]:
-    """Every known combination of sub-folders that a folder holds, visible or MRI first."""
-    both = [(folder / vis, folder / ir) for vis, ir in MODALITIES]
-    return [(vis, ir) for vis, ir in both if vis.is_dir() and ir.is_dir()]
+def modalities_in(folder: Path, parts: tuple[str, ...] = PARTS) -> list[tuple[Path, Path]]:
+    """Every known combination of sub-folders that hold images, visible or MRI first.
+
+    They are looked for in the folder, else in its train/ and test/; so are the images in each of them.
+    """
+    found = [
+        (vis, ir) for _, first, second in LAYOUTS for vis in _called(first, folder) for ir in _called(second, folder)
+    ]
+    if not found:
+        return [both for part in _called(parts, folder) for both in modalities_in(part, ())]
+    return [both for vis, ir in found for both in _parts_of(vis, ir) or [(vis, ir)]]
+
+
+def _parts_of(vis: Path, ir: Path) -> list[tuple[Path, Path]]:
+    if any(path.suffix.lower() in SUFFIXES for path in vis.iterdir()):
+        return []
+    return [(first, second) for part in PARTS for first in _called((part,), vis) for second in _called((part,), ir)]
+
+
+def _called(names: tuple[str, ...], folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name.lower() in names and path.is_dir()]
 
 
 def find_modalities(folder: Path | str) -> tuple[Path, Path]:
-    """The two sub-folders of a data set: (visible or MRI, infrared or CT/PET/SPECT).
+    """The two folders of images of a data set: (visible or MRI, infrared or CT/PET/SPECT).
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds none of the known combinations; they are named.
+        FileNotFoundError: there is no such folder, or it holds none of the known combinations; what it holds is said.
         InputError: it holds several.
     """
     folder = Path(folder)
@@ -141,24 +257,27 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
         raise FileNotFoundError(f"no folder at {folder}")
     found = modalities_in(folder)
     if not found:
-        raise FileNotFoundError(f"{folder} must hold two folders of images, one of: {known_modalities()}")
+        raise FileNotFoundError(
+            f"{folder} must hold two folders of images, {known_modalities()}, in any case; its sub-folders are "
+            f"{listed(path.name for path in folder.iterdir() if path.is_dir())}. Name two with --vi DIR and --ir DIR"
+        )
     if len(found) > 1:
-        several = "; ".join(f"{vis.name}/ with {ir.name}/" for vis, ir in found)
-        raise InputError(f"{folder} holds more than one set ({several}); give each a folder of its own")
+        several = "; ".join(" with ".join(f"{path.relative_to(folder).as_posix()}/" for path in both) for both in found)
+        raise InputError(f"{folder} holds more than one set ({several}); name one with --vi DIR and --ir DIR")
     return found[0]
 
 
-def _images_by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at {folder}")
-    images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
-            continue
-        if path.stem in images:
-            raise InputError(f"{path} and {images[path.stem]} share a name, so their partner is unclear; remove one")
-        images[path.stem] = path
-    return images
+def role_names(vis: Path, ir: Path) -> tuple[str, str]:
+    """What a data set calls its visible (or MRI) and its infrared (or CT...) images; vi and ir if both the same."""
+    names = [next((part for part in reversed(path.parts) if part.lower() not in PARTS), "") for path in (vis, ir)]
+    return (names[0], names[1]) if names[0] != names[1] else ("vi", "ir")
+
+
+def task_of(vis: Path, ir: Path) -> str:
+    """The task that the names of two sources speak of, "ivf" or "mif"; "" where they say neither, or both."""
+    words = [set(re.split("[^a-z]+", " ".join(path.absolute().parts[-2:]).lower())) for path in (vis, ir)]
+    tasks = [task for task, *sides in LAYOUTS if all(each & {*names} for each, names in zip(words, sides, strict=True))]
+    return tasks[0] if len(tasks) == 1 else ""
 
 
 @dataclass(frozen=True)
@@ -180,44 +299,45 @@ class TestSet:
 
 def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
     """The sets to run. Sets that were asked for must exist; absent default sets give way to the bundled ones."""
-    if args.pairs == "flat":
-        return find_flat_sets(args)
-    if args.stems:
-        raise InputError("--stems is for one folder that holds both images of every pair; add --pairs flat")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} must be at least 1")
+    if args.vi or args.ir:
+        if not (args.vi and args.ir) or args.data or args.sets or args.stems:
+            raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
+        above = [part for part in args.vi.absolute().parts[1:] if part.lower() not in PARTS][:-1]
+        sets = [open_set(above[-1] if above else "set", args.vi, args.ir, args.pair_by)]
+    elif args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
+        if not args.data:
+            raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")
+        folders = [args.data / name for name in args.sets or [""]]
+        sets = [TestSet(folder.resolve().name, *args.stems, list_flat_pairs(folder, *args.stems)) for folder in folders]
+    else:
+        folders = find_set_folders(args, benchmark)
+        sets = [open_set(folder.resolve().name, *find_modalities(folder), args.pair_by) for folder in folders]
+    for number, test_set in enumerate(sets):
+        test_set.found.check_usable()
+        if args.limit:  # under another name, so that the results do not take the place of those of the whole set
+            first = dataclasses.replace(test_set.found, pairs=test_set.found.pairs[: args.limit])
+            sets[number] = dataclasses.replace(test_set, name=f"{test_set.name}_first_{args.limit}", found=first)
+    return sets
+
+
+def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Path]:
     root = args.data or benchmark_root()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root}; name one with --data")
-    if not args.sets and modalities_in(root):
-        return [open_set(root)]
     if args.sets:
-        return [open_set(root / name) for name in args.sets]
+        return [root / name for name in args.sets]
     present = [name for name in benchmark.sets if (root / name).is_dir()]
-    if not present and args.data:
-        raise FileNotFoundError(
-            f"{root} holds none of {', '.join(benchmark.sets)}, and no two folders of images, one of: "
-            f"{known_modalities()}; name the folders of other sets in it with --sets"
-        )
+    if modalities_in(root) or (args.data and not present):
+        return [root]
     absent = ", ".join(name for name in benchmark.sets if name not in present)
     if absent:
         shown = "" if present else "; the bundled samples are shown instead"
         print(f"benchmark sets not found: {absent}. Put them at {root}/<set>/<modality>/ (README, Data){shown}")
-    if not present:
-        return [open_set(in_checkout("test_img", name)) for name in benchmark.samples]
-    return [open_set(root / name) for name in present]
+    return [root / name for name in present] or [in_checkout("test_img", name) for name in benchmark.samples]
 
 
-def find_flat_sets(args: argparse.Namespace) -> list[TestSet]:
-    """--data itself, or its sub-folders --sets. Which stem is which is never guessed: exchanged roles fuse as well,
-    to another image."""
-    if not args.stems or not args.data:
-        raise InputError(
-            "--pairs flat needs --data DIR and --stems VIS IR, what comes before the number in the names of the "
-            "visible or MRI files and of the infrared, CT, PET or SPECT files"
-        )
-    folders = [args.data / name for name in args.sets] if args.sets else [args.data]
-    return [TestSet(folder.resolve().name, *args.stems, list_flat_pairs(folder, *args.stems)) for folder in folders]
-
-
-def open_set(folder: Path) -> TestSet:
-    vis, ir = find_modalities(folder)
-    return TestSet(folder.resolve().name, vis.name, ir.name, list_pairs(vis, ir))
+def open_set(name: str, vis: Path, ir: Path, by: str = "stem") -> TestSet:
+    refuse_one_source(vis, ir)
+    return TestSet(name, *role_names(vis, ir), list_pairs(vis, ir, by))

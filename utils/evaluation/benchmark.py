@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from utils.common import (
 from utils.data.degradation import degrade_pair
 from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_colour, write_image
 from utils.data.manifests import SHOWN, list_digest, pair_digest
-from utils.data.pairs import Benchmark, Pair, TestSet, find_sets
+from utils.data.pairs import Benchmark, Pair, TestSet, add_pair_option, find_sets
 from utils.evaluation.folders import BASELINES, baseline_labels
 from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 from utils.inference.fusing import (
@@ -79,69 +79,38 @@ class Given(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems: Iterable[str]) -> None:
-    sets = " ".join(benchmark.sets)
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
+    add("--data", type=Path, metavar="DIR",
         help="folder of sets, or one set: a folder with vi/ and ir/, or MRI/ and CT/, PET/ or SPECT/ "
-        f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)",
-    )
-    add("--sets", nargs="+", metavar="NAME", help=f"sub-folders of --data to run (default: {sets})")
-    add(
-        "--pairs",
-        choices=("folders", "flat"),
-        default="folders",
-        help="folders: two sub-folders of equal names; flat: one folder, numbers after two --stems (default: folders)",
-    )
-    add(
-        "--stems",
-        nargs=2,
-        metavar=("VIS", "IR"),
-        help="for --pairs flat: what comes before the number, visible or MRI first, such as: mrict ct",
-    )
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
+        f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
+    add("--sets", nargs="+", metavar="NAME",
+        help=f"sub-folders of --data to run (default: {' '.join(benchmark.sets)})")  # fmt: skip
+    add("--vi", type=Path, metavar="DIR", help="visible (or MRI) folder, with --ir instead of --data")
+    add("--ir", type=Path, metavar="DIR", help="infrared (or CT, PET, SPECT) folder")
+    add_pair_option(parser)
+    add("--stems", nargs=2, metavar=("VIS", "IR"),
+        help="one folder --data holds both images of every pair: what comes before the number in their names, visible "
+        "or MRI first, such as: mrict ct")  # fmt: skip
+    add("--pairs", choices=("folders", "flat"), help=argparse.SUPPRESS)  # older commands; --stems says it all
+    add("--limit", type=int, metavar="N", help="a quick look: the first N pairs of each set")
+    add("--weights", type=Path, nargs="+", metavar="FILE",
         help="files, or published: those of `python -m tools.download weights` (default: those in models/ for the "
-        "system and the task); for several systems one each, in their order",
-    )
+        "system and the task); for several systems one each, in their order")  # fmt: skip
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
     add("--skip", help=SKIP_HELP)
-    add(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="paper",
-        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: paper)",
-    )
-    add(
-        "--columns",
-        nargs="+",
-        metavar="NAME",
+    add("--protocol", choices=PROTOCOLS, default="paper",
+        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: paper)")  # fmt: skip
+    add("--columns", nargs="+", metavar="NAME",
         help="columns of the table: metrics, or the published table of a system, one of "
-        f"{', '.join(PUBLISHED_COLUMNS)} (default: those of the system). metrics.csv has all twelve",
-    )
+        f"{', '.join(PUBLISHED_COLUMNS)} (default: those of the system). metrics.csv has all twelve")  # fmt: skip
     add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
-    add(
-        "--stretch",
-        action=argparse.BooleanOptionalAction,
-        help="stretch each fused image to the full range (default: as published, which is yes for all but tsdm)",
-    )
-    add(
-        "--degrade",
-        type=int,
-        metavar="SEED",
-        help="damage the pairs first, as TSDM-Fusion is trained to undo (noise, blur, low contrast, JPEG), and score "
-        "against the undamaged ones; one seed damages a set in one way, whatever is fused with",
-    )
-    add(
-        "--legacy-rounding",
-        action="store_true",
-        help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding",
-    )
+    add("--stretch", action=argparse.BooleanOptionalAction,
+        help="min-max normalise each fused image (default: as published, which is yes for all but tsdm)")  # fmt: skip
+    add("--degrade", type=int, metavar="SEED",
+        help="degrade the pairs first, as TSDM-Fusion is trained to undo (noise, blur, low contrast, JPEG), and score "
+        "against the clean ones; one seed degrades a set in one way, whatever is fused with")  # fmt: skip
+    add("--legacy-rounding", action="store_true",
+        help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding")  # fmt: skip
     add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
     add_inference_options(parser)
     add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
@@ -159,22 +128,21 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     test_sets = find_sets(args, benchmark)
     methods = [load_method(path, system, device, args.skip, benchmark.task)
                for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
-    stems = [method.stem for method in methods]
-    refuse_repeated("--weights", "files", stems)
+    refuse_repeated("--weights", "files", [method.stem for method in methods])
     refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
     check_writable(args.out)
 
     commit = git_commit()
-    incomplete, written = False, set()
+    incomplete, written = False, []
     for test_set in test_sets:
         if test_set.found.unmatched():
             print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
         sheets: list[ScoreSheet] = []
         for method in methods:
-            # Damaged sources have a folder of their own: they do not take the place of the others.
-            damaged = "" if args.degrade is None else f"_degraded_{args.degrade}"
-            folder = args.out / method.stem / f"{test_set.name}{damaged}"
-            say_whose_place_is_taken(folder, method)
+            # Degraded sources have a folder of their own: they do not take the place of the others.
+            degraded = "" if args.degrade is None else f"_degraded_{args.degrade}"
+            folder = args.out / method.stem / f"{test_set.name}{degraded}"
+            remove_old_metrics(folder, method)
             started = time.perf_counter()
             sheet = fuse_set(method, test_set, folder, args)
             incomplete |= len(sheet.images) < len(test_set.found.pairs)
@@ -192,26 +160,32 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
             }  # fmt: skip
             sheet.write(folder, facts)
             sheets.append(sheet)
-            written.add(method.stem)
-        if not sheets:
-            continue
-        if args.baselines:
-            sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
-        damaged = "" if args.degrade is None else f", degraded with seed {args.degrade}"
-        print(format_table(f"{test_set.name}{damaged}", sheets, columns))
-        for line in format_excluded(sheets, columns):
-            print(line)
-        used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, {m.model.skip_name}: {m.skip})" for m in methods)
-        pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
-        rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
-        lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
-        print(
-            f"protocol {args.protocol}, {pairs} pairs, weights {used}, {device} {args.precision}{rounding}, "
-            f"images {lists}, commit {commit}"
-        )
-    for stem in (stem for stem in stems if stem in written):
-        print(f"fused images, metrics.csv and metrics.json: {args.out / stem}")
+            written.append(args.out / method.stem)
+        if sheets:
+            if args.baselines:
+                sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
+            print_table(test_set, sheets, columns, methods, args, f"{device} {args.precision}", commit)
+    for folder in dict.fromkeys(written):
+        print(f"fused images, metrics.csv and metrics.json: {folder}")
     return EXIT_BAD_INPUT if incomplete else 0
+
+
+def print_table(
+    test_set: TestSet, sheets: list[ScoreSheet], columns: Sequence[str], methods: list[Method],
+    args: argparse.Namespace, where: str, commit: str,
+) -> None:  # fmt: skip
+    """The published table, what it leaves out, and one line that says how it was made."""
+    degraded = "" if args.degrade is None else f", degraded with seed {args.degrade}"
+    print(format_table(f"{test_set.name}{degraded}", sheets, columns))
+    for line in format_excluded(sheets, columns):
+        print(line)
+    used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, {m.model.skip_name}: {m.skip})" for m in methods)
+    pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
+    rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
+    lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
+    print(
+        f"protocol {args.protocol}, {pairs} pairs, weights {used}, {where}{rounding}, images {lists}, commit {commit}"
+    )
 
 
 def files_of(systems: list[Any], weights: list[Path] | None, task: str) -> list[tuple[Any, Path]]:
@@ -243,15 +217,18 @@ def load_method(path: Path, system: type, device: torch.device, skip: str | None
     return Method(model, path, model.row_label(task, path.stem), skip, sha256)
 
 
-def say_whose_place_is_taken(folder: Path, method: Method) -> None:
-    """Weights of a run have the name of ours, and so have their results."""
+def remove_old_metrics(folder: Path, method: Method) -> None:
+    """An interrupted run must not leave new images beside old metrics. Those of other weights of that name are named:
+    weights of a run have the name of ours, and so have their results."""
     try:
         before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        weights, sha256 = before["weights"], before["weights_sha256"]
+        if before["weights_sha256"] != method.sha256:
+            weights = before["weights"]
+            print(f"note: {folder} had the results of other weights, {weights}; --out DIR keeps both", file=sys.stderr)
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if sha256 != method.sha256:
-        print(f"note: {folder} had the results of other weights, {weights}; --out DIR keeps both", file=sys.stderr)
+        pass
+    for name in ("metrics.json", "metrics.csv"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
@@ -261,8 +238,10 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     """
     images: dict[str, dict[str, float]] = {}
     digests: list[str] = []
-    description = f"{test_set.name}, {method.stem}"
-    most_waiting = 0 if args.max_memory else 1
+    waiting = 0 if args.max_memory else 1
+
+    def read(number: int, pair: Pair) -> Given:
+        return read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
 
     def write_and_score(pair: Pair, given: Given, fused: np.ndarray) -> None:
         fate = "left out"
@@ -281,13 +260,9 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pairs = progress(list(enumerate(test_set.found.pairs)), description, "pair")
+        pairs = progress(list(enumerate(test_set.found.pairs)), f"{test_set.name}, {method.stem}", "pair")
         finishing: deque[Future[None]] = deque()
-
-        def read(number: int, pair: Pair) -> Given:
-            return read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
-
-        for pair, reading in read_ahead(pairs, reader, read, most_waiting):
+        for pair, reading in read_ahead(pairs, reader, read, waiting):
             try:
                 given = reading.result()
                 fused = fuse_arrays(
@@ -299,7 +274,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                 left_out(f"{test_set.name}/{pair.name}", error, args)
                 continue
             finishing.append(writer.submit(write_and_score, pair, given, fused))
-            while len(finishing) > most_waiting:
+            while len(finishing) > waiting:
                 finishing.popleft().result()
         for last in finishing:
             last.result()
@@ -320,12 +295,12 @@ def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
 
 
 def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Given:
-    """Reads a pair, and damages it where a seed is given.
+    """Reads a pair, and degrades it where a seed is given.
 
     Args:
         pair: the two files.
         colour: give the visible image in colour where it has some.
-        degrade: seed of `utils.data.degradation.degrade_pair`. Colours are damaged, then turned to grey where grey is
+        degrade: seed of `utils.data.degradation.degrade_pair`. Colours are degraded, then turned to grey where grey is
             wanted, so that all systems are given the same scene.
     """
     vis, ir = pair.read()
