@@ -378,7 +378,7 @@ def test_flat_folder_is_read_in_the_roles_that_are_asked_for(flat, mlfuse_weight
         assert code == 0 and "2 pairs" in out and f"{stems[0]} only" in out
         facts = json.loads((folder / "metrics.json").read_text())
         assert (facts["vis"], facts["ir"]) == stems
-        images[stems] = read_grey(folder / f"{stems[0]}1.png")
+        images[stems] = read_grey(folder / "1.png")
     model = MLFuseSystem().eval()
     model.load_published(mlfuse_weights)
     mr, ct = (read_grey(flat / f"{stem}1.png") for stem in ("mr", "ct"))

@@ -187,6 +187,7 @@ def test_numbered_files_of_one_folder_are_paired_by_number_and_in_its_order(tmp_
     files = "ct0.png mrict0.png ct10.png mrict10.jpg ct2.png mrict2.png ct3.png pet2.png"
     found = list_flat_pairs(flat_folder(tmp_path, *files.split()), "mrict", "ct")
     assert names(found) == [("mrict0.png", "ct0.png"), ("mrict2.png", "ct2.png"), ("mrict10.jpg", "ct10.png")]
+    assert [pair.name for pair in found.pairs] == ["0", "2", "10"]
     assert (found.only_vis, found.only_ir) == ((), ("ct3.png",))
     exchanged = list_flat_pairs(tmp_path, "ct", "mrict")
     assert [pair.vis.name for pair in exchanged.pairs] == ["ct0.png", "ct2.png", "ct10.png"]

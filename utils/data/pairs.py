@@ -129,7 +129,7 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str, by: str = "stem") 
 def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList:
     """Pairs the images of one folder by their numbers: `mrict7.png` with `ct7.png` for the stems `mrict` and `ct`.
 
-    Files with other stems are ignored.
+    A pair is called by its number. Files with other stems are ignored.
 
     Args:
         folder: holds both images of every pair.
@@ -152,7 +152,8 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
         raise InputError(
             f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
         )
-    return found
+    numbered = tuple(pair._replace(name=pair.name.removeprefix(vis_stem)) for pair in found.pairs)
+    return dataclasses.replace(found, pairs=numbered)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
