@@ -32,12 +32,11 @@ from utils.common import (
     whole_file,
 )
 from utils.data.images import DEEP_SUFFIXES, SUFFIXES, check_format, side_by_side, to_uint8, write_image
-from utils.data.pairs import PairList, list_pairs
+from utils.data.pairs import PairList, add_pair_option, list_pairs, refuse_one_source, task_of
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography
 from utils.data.sources import Registration, Source, read_source
 from utils.data.video import (
     DEFAULT_RATE,
-    Flicker,
     FrameFolder,
     RunningRange,
     SequencePair,
@@ -82,19 +81,13 @@ class Session:
         return self.method.model.is_stretched(self.args.stretch)
 
     def fuse(self, vis: Source, ir: Source, normalise: Callable | None = None) -> np.ndarray:
-        """Fuses a pair; `normalise` takes the place of the stretch, where the result is stretched at all."""
+        """Fuses a pair; `normalise` takes the place of min-max normalisation, where the result is normalised at all."""
         args = self.args
         return fuse_sources(
-            self.method.model,
-            vis,
-            ir,
-            self.method.skip,
-            colour=args.colour,
-            precision=args.precision,
-            max_memory=args.max_memory,
-            scratch=args.scratch,
+            self.method.model, vis, ir, self.method.skip, colour=args.colour, precision=args.precision,
+            max_memory=args.max_memory, scratch=args.scratch,
             normalise=(normalise or True) if self.stretched else False,
-        )
+        )  # fmt: skip
 
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
         """Visible, infrared, the system's features where it shows some, fused."""
@@ -118,62 +111,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--ir", type=Path, required=True, metavar="PATH", help="infrared (CT, PET, SPECT): image, folder or video")
     add("--vi", type=Path, required=True, metavar="PATH", help="visible (MRI): image, folder or video")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="image, video (.mkv lossless, .avi, .mp4), or folder, where files have their visible names",
-    )
-    add(
-        "--colour",
-        choices=COLOURS,
-        default="both",
-        help="sources that give the result the colour they have; none: a grey result (default: both)",
-    )
+    add("--out", type=Path, required=True, metavar="PATH",
+        help="image, video (.mkv lossless, .avi, .mp4), or folder, where files have their visible names")  # fmt: skip
+    add_pair_option(parser)
+    add("--colour", choices=COLOURS, default="both",
+        help="sources that give the result the colour they have; none: a grey result (default: both)")  # fmt: skip
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the images written (default: 8)")
     add("--suffix", help="format in a folder, such as .png (default: that of the visible file)")
-    add("--resize-ir", action="store_true", help="stretch the infrared image to the size of the visible one")
-    add(
-        "--homography",
-        type=Path,
-        metavar="FILE",
-        help="3x3 matrix from infrared to visible pixels (x, y, 1): text, .json or .npy",
-    )
+    add("--resize-ir", action="store_true", help="resize the infrared image to the size of the visible one")
+    add("--homography", type=Path, metavar="FILE",
+        help="3x3 matrix from infrared to visible pixels (x, y, 1): text, .json or .npy")  # fmt: skip
     add("--no-check", action="store_true", help="do not look whether the pair is aligned")
-    add(
-        "--panel",
-        action="store_true",
-        help="also write inputs, base and detail features, where the system shows them, and result in a row",
-    )
+    add("--panel", action="store_true",
+        help="also write inputs, features, where the system shows them, and result in a row")  # fmt: skip
     add("--list", type=Path, metavar="FILE", help="folders: write the pairing list, JSON")
     add("--annotations", type=Path, metavar="DIR", help="folder of annotation files to name in --list, by file name")
-    add(
-        "--sequence",
-        action="store_true",
-        help="the folders hold frames of one scene: steady brightness, in the order of their numbers",
-    )
+    add("--sequence", action="store_true",
+        help="the folders hold frames of one scene: steady brightness, in the order of their numbers")  # fmt: skip
     add("--fps", type=float, help="frames a second of the video (default: those of the visible video, else 25)")
-    add(
-        "--smooth",
-        type=float,
-        default=1.0,
-        metavar="SECONDS",
-        help="videos: how slowly the range that is stretched follows the frames; 0: at once (default: 1)",
-    )
-    add(
-        "--stretch",
-        action=argparse.BooleanOptionalAction,
-        help="stretch the fused image to the full range (default: as the system's published test does)",
-    )
-    add("--task", choices=TASKS, default="ivf", help="default: ivf")
+    add("--offset", type=float, default=0.0, metavar="SECONDS",
+        help="two videos: how much later the infrared one began; may be negative (default: 0)")  # fmt: skip
+    add("--smooth", type=float, default=1.0, metavar="SECONDS",
+        help="videos: how slowly the range that is normalised follows the frames; 0: at once (default: 1)")  # fmt: skip
+    add("--stretch", action=argparse.BooleanOptionalAction,
+        help="min-max normalise the fused image (default: as the system's published test does)")  # fmt: skip
+    add("--task", choices=TASKS, default="ivf", help="ivf: infrared and visible, mif: medical (default: ivf)")
     add("--system", choices=list(SYSTEMS), default="cddfuse", help="default: cddfuse")
-    add(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="or published (default: that in models/ for the system and the task)",
-    )
+    add("--weights", type=Path, metavar="FILE",
+        help="or published (default: that in models/ for the system and the task)")  # fmt: skip
     add("--skip", help=SKIP_HELP)
     add_inference_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
@@ -185,6 +150,7 @@ def fuse(args: argparse.Namespace) -> int:
     for path in (args.ir, args.vi):
         if not path.exists():
             raise FileNotFoundError(f"nothing at {path}; --ir and --vi each name an image, a folder or a video")
+    refuse_one_source(args.vi, args.ir)
     kinds = [kind_of(path) for path in (args.ir, args.vi)]
     if kinds[0] != kinds[1]:
         raise InputError(f"{args.ir} is {kinds[0]} but {args.vi} is {kinds[1]}; --ir and --vi must be of one kind")
@@ -199,6 +165,9 @@ def fuse(args: argparse.Namespace) -> int:
         refuse_sources(target, args)
         check_format(target, args.bits)
     session = Session(open_method(args), args, registration)
+    named = task_of(args.vi, args.ir)
+    if named and named != args.task:
+        print(f"warning: {args.vi} and {args.ir} look like a case for --task {named}", file=sys.stderr)
     with sigterm_as_ctrl_c():  # videos are closed so that they play, lists are written
         if moving:
             return fuse_moving(session, found)
@@ -228,6 +197,8 @@ def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: b
         raise InputError(f"--list {args.list} is a folder; name a file")
     if args.annotations and not args.list:
         raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
+    if args.offset and (kind != "a video" or not np.isfinite(args.offset)):
+        raise InputError(f"--offset is for two videos, and a finite number of seconds; got {args.offset:g}")
     if args.fps is not None and not 0 < args.fps < 1000:
         raise InputError(f"--fps must lie between 0 and 1000, got {args.fps:g}")
     if not 0 <= args.smooth < float("inf"):
@@ -255,9 +226,13 @@ def refuse_sources(target: Path, args: argparse.Namespace) -> None:
 
 def open_folders(args: argparse.Namespace) -> PairList:
     refuse_sources(args.out, args)
-    found = list_pairs(args.vi, args.ir)
+    found = list_pairs(args.vi, args.ir, args.pair_by)
     if found.unmatched():
         print(f"warning: {found.unmatched()}; left out", file=sys.stderr)
+    if not (args.resize_ir or args.homography):
+        found.check_usable("; add --resize-ir where both show the same view, else --homography FILE")
+    for pair in found.pairs if not is_video(args.out) else ():
+        check_format(args.out / name_in_folder(pair.vis, args), args.bits)
     return found
 
 
@@ -272,9 +247,12 @@ def fuse_pair(session: Session, target: Path) -> int:
     args = session.args
     vis = read_source(args.vi)
     ir = session.register(vis, read_source(args.ir), target.name)
+    started = time.perf_counter()
     fused = session.fuse(vis, ir)
+    elapsed_s = time.perf_counter() - started
     write_image(target, fused, bits=args.bits)
-    print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {'grey' if fused.ndim == 2 else 'colour'}, {args.bits} bits")
+    kind = "grey" if fused.ndim == 2 else "colour"
+    print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {kind}, {args.bits} bits, fused in {elapsed_s:.2f} s")
     if args.panel:
         session.write_panel(panel_beside(target), vis, ir, fused)
         print(f"{panel_beside(target)}: visible, infrared, features (where the system shows them), fused")
@@ -288,6 +266,7 @@ def fuse_folder(session: Session, found: PairList) -> int:
     check_writable(args.out)
     annotations = annotations_in(args.annotations) if args.annotations else {}
     done: list[dict[str, str | None]] = []
+    started = time.perf_counter()
     try:
         for pair in progress(found.pairs, str(args.out), "pair"):
             try:
@@ -307,7 +286,9 @@ def fuse_folder(session: Session, found: PairList) -> int:
     finally:
         if args.list and done:
             write_list(args.list, session.method, done)
-    print(f"{args.out}: {len(done)} of {len(found.pairs)} pairs fused")
+    elapsed_s = time.perf_counter() - started
+    each = f", in {elapsed_s:.1f} s ({elapsed_s / len(done):.2f} s a pair)" if done else ""
+    print(f"{args.out}: {len(done)} of {len(found.pairs)} pairs fused{each}")
     if args.annotations and done:
         without = [entry["name"] for entry in done if not entry["annotation"]]
         if without:
@@ -334,21 +315,16 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
     """Fuses videos or sequences frame by frame, to a video or to a folder. Returns 2 if frames had to be left out."""
     args = session.args
     refuse_sources(args.out, args)
-    frames = SequencePair(found) if found else VideoPair(args.vi, args.ir)
-    if frames.warning:
-        print(f"warning: {frames.warning}", file=sys.stderr)
+    frames = SequencePair(found) if found else VideoPair(args.vi, args.ir, args.offset)
     rate = args.fps or frames.rate or DEFAULT_RATE
     names = {pair.name: name_in_folder(pair.vis, args) for pair in found.pairs} if found else {}
     started = time.perf_counter()
-    with (
-        VideoFile(args.out, rate)
-        if is_video(args.out)
-        else FrameFolder(args.out, names, args.suffix, args.bits) as sink
-    ):
+    to_video = is_video(args.out)
+    with VideoFile(args.out, rate) if to_video else FrameFolder(args.out, names, args.suffix, args.bits) as sink:
         bad = fuse_frames(session, frames, rate, sink)
     elapsed_s = time.perf_counter() - started
     print(f"{args.out}: {sink.written} {sink.what}, in {elapsed_s:.1f} s ({sink.written / elapsed_s:.2f} a second)")
-    if is_video(args.out) and sink.padded:
+    if to_video and sink.padded:
         print("note: videos have even sides; the last column or row is there twice", file=sys.stderr)
     session.say_what_was_seen()
     if frames.rest:
@@ -359,7 +335,7 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
 def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float, sink: VideoFile | FrameFolder) -> int:
     """Fuses and writes every frame, prints the flicker, and returns how many frames were bad."""
     args, bad = session.args, 0
-    steady, flicker = RunningRange(args.smooth * rate), Flicker()
+    steady, means = RunningRange(args.smooth * rate), []
     for name, load in progress(frames, str(args.out), "frame", frames.count):
         try:
             vis, ir = load()
@@ -375,15 +351,14 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
         if args.panel and not session.fused:
             session.write_panel(panel_beside(args.out), vis, ir, fused)
         session.fused += 1
-        means = {"fused": mean_level(fused), "visible": vis.grey.mean(), "infrared": ir.grey.mean()}
-        flicker.add(**means, alone=steady.mean_alone)
+        means.append((mean_level(fused), vis.grey.mean(), ir.grey.mean(), steady.mean_alone))
     if not session.fused:
         raise InputError(f"{args.vi} and {args.ir} have no frame that can be read")
-    figures = flicker.figures()
-    if figures:
-        parts = [f"{name} {figures[name]:.2f}" for name in ("fused", "visible", "infrared")]
-        alone = f"; {figures['alone']:.2f} if each frame were stretched alone" if session.stretched else ""
-        print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{alone}")
+    if len(means) > 1:
+        *flicker, alone = np.abs(np.diff(means, axis=0)).mean(axis=0)
+        parts = [f"{name} {mean:.2f}" for name, mean in zip(("fused", "visible", "infrared"), flicker, strict=True)]
+        each = f"; {alone:.2f} if each frame were normalised alone" if session.stretched else ""
+        print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{each}")
     return bad
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import cv2
@@ -71,7 +72,7 @@ def pair(data, name="a.png"):
 
 def test_a_pair_is_fused_as_by_the_test_scripts_and_has_the_colour_of_the_visible_image(data, model, tmp_path, capsys):
     code, out, _ = run(capsys, *pair(data), tmp_path / "f.png")
-    assert code == 0 and "44x36, colour, 8 bits" in out
+    assert code == 0 and "44x36, colour, 8 bits, fused in " in out
     ir, vis = (read_grey(path) for path in pair(data))
     want = fuse_arrays(model, vis, ir, "vis")
     fused, source = read_colour(tmp_path / "f.png"), read_colour(pair(data)[1])
@@ -88,7 +89,8 @@ def test_a_pair_is_fused_as_by_the_test_scripts_and_has_the_colour_of_the_visibl
 
 def test_grey_sources_give_a_grey_file_and_two_coloured_ones_share(data, tmp_path, capsys):
     ir, vi = pair(data)
-    _, out, _ = run(capsys, ir, ir, tmp_path / "f.png")
+    shutil.copy(ir, tmp_path / "copy.png")
+    _, out, _ = run(capsys, ir, tmp_path / "copy.png", tmp_path / "f.png")
     assert "grey" in out
     red = np.stack([read_grey(ir), read_grey(ir) * 0, read_grey(ir) * 0], axis=-1)
     write_colour(tmp_path / "red.png", red)
@@ -101,7 +103,8 @@ def test_grey_sources_give_a_grey_file_and_two_coloured_ones_share(data, tmp_pat
 
 def test_sixteen_bits_keep_what_eight_round_away(data, model, tmp_path, capsys):
     ir, vi = pair(data)
-    code, out, _ = run(capsys, ir, ir, tmp_path / "f.png", "--bits", 16)
+    shutil.copy(ir, tmp_path / "copy.png")
+    code, out, _ = run(capsys, ir, tmp_path / "copy.png", tmp_path / "f.png", "--bits", 16)
     assert code == 0 and "16 bits" in out
     written = cv2.imread(str(tmp_path / "f.png"), cv2.IMREAD_UNCHANGED)
     assert written.dtype == np.uint16
@@ -134,6 +137,16 @@ def test_folders_keep_the_visible_names_and_list_what_belongs_together(data, tmp
         "annotation": str(data / "labels" / "a.xml"),
     }  # fmt: skip
     assert listed["pairs"][1]["annotation"] is None
+
+
+def test_unlike_names_are_paired_as_asked_for_and_names_of_the_other_task_are_noticed(data, tmp_path, capsys):
+    (data / "vi").rename(data / "MRI")
+    (data / "ir").rename(data / "CT")
+    (data / "CT/a.png").rename(data / "CT/x (1).png")
+    (data / "MRI/a.png").rename(data / "MRI/01_a.png")
+    code, printed, err = run(capsys, data / "CT", data / "MRI", tmp_path / "out", "--pair-by", "number")
+    assert code == 0 and "1 of 1 pairs fused, in " in printed and "look like a case for --task mif" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["01_a.png"]
 
 
 def test_a_bad_pair_is_named_and_left_out_and_the_rest_is_done(data, tmp_path, capsys):
@@ -255,10 +268,25 @@ def test_a_bad_frame_of_a_sequence_is_replaced_by_the_one_before_it(tmp_path, ca
 
 
 def test_videos_of_different_length_are_fused_as_far_as_both_go(tmp_path, capsys):
-    ir, vi = write_video(tmp_path / "ir.mkv", 2), write_video(tmp_path / "vi.mkv", 3, rate=25)
+    ir, vi = write_video(tmp_path / "ir.mkv", 2), write_video(tmp_path / "vi.mkv", 3)
     code, out, err = run(capsys, ir, vi, tmp_path / "out")
-    assert code == 2 and f"{ir} has 2 readable frames and {vi} has more" in err and "drift apart" in err
+    assert code == 2 and f"{ir} has 2 readable frames and {vi} has more" in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000001.png", "000002.png"]
+
+
+@pytest.mark.parametrize(("rates", "offset"), [((30, 9), 0), ((9, 30), 0), ((30, 9), 0.5), ((25, 25), -0.4)])
+def test_frames_of_videos_are_paired_by_time(rates, offset, tmp_path):
+    for name, rate in zip(("vi", "ir"), rates, strict=True):
+        with VideoFile(tmp_path / f"{name}.mkv", rate) as video:
+            for number in range(rate):  # a second
+                video.write(np.full(SIZE, 8.0 * number))
+    found = VideoPair(tmp_path / "vi.mkv", tmp_path / "ir.mkv", offset)
+    shown = [[round(float(source.grey.mean() / 8)) for source in load()] for _, load in found]
+    first, last = (np.ceil(max(0, offset) * rates[0]), np.ceil(min(1, 1 + offset) * rates[0]))
+    wanted = np.arange(first, last)
+    there = np.floor((wanted / rates[0] - offset) * rates[1] + 0.5 + 1e-6).clip(max=rates[1] - 1)
+    assert shown == np.stack([wanted, there], axis=1).astype(int).tolist()
+    assert found.count == len(wanted) and found.rest == "" and found.rate == rates[0]
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "sigterm"])
@@ -303,13 +331,25 @@ def test_an_interrupted_video_can_be_played_and_replaces_nothing(how, tmp_path, 
         ("ir/a.png", "vi/a.png", "f.png", ("--list", "pairs.json"), "are for folders"),
         ("ir/a.png", "vi/a.png", "f.png", ("--system", "tsdm", "--task", "mif"), "--weights"),
         ("ir/a.png", "vi/a.png", "f.png", ("--skip", "what"), "--skip what"),
-        ("bad.avi", "bad.avi", "f.mkv", (), "not a video"),
+        ("bad.avi", "worse.avi", "f.mkv", (), "not a video"),
+        ("bad.avi", "link.avi", "f.mkv", (), "one and the same"),
+        ("ir", "ir", "out", (), "one and the same"),
+        ("ir", "jpeg", "out", ("--bits", 16), "a.jpg cannot hold 16 bits; add --suffix .png"),
+        ("ir", "large", "out", (), "not one of 2 pairs can be used"),
+        ("ir", "large", "out", ("--pair-by", "("), "regular expression"),
+        ("ir", "vi", "out", ("--offset", 1), "--offset is for two videos"),
+        ("bad.avi", "worse.avi", "f.mkv", ("--offset", "nan"), "finite"),
     ],
 )
 def test_bad_input_is_one_clear_line(ir, vi, out, options, said, data, capsys):
-    (data / "bad.avi").write_bytes(b"no video")
+    for name in ("bad.avi", "worse.avi"):
+        (data / name).write_bytes(b"no video")
+    (data / "link.avi").symlink_to(data / "bad.avi")
+    for name in "ab":
+        write_grey(data / "jpeg" / f"{name}.jpg", np.zeros(SIZE))
+        write_grey(data / "large" / f"{name}.png", np.zeros((50, 50)))
     before = sorted(data.rglob("*"))
     code, _, err = run(capsys, data / ir, data / vi, data / out, *options)
-    lines = [line for line in err.splitlines() if not line.startswith("[")]  # OpenCV's own
+    lines = err.splitlines()
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
     assert sorted(data.rglob("*")) == before

@@ -68,11 +68,11 @@ class PairList:
         sides = [(self.only_vis, "infrared (or CT/PET/SPECT)"), (self.only_ir, "visible (or MRI)")]
         return "; ".join(f"no {missing} partner for {listed(names)}" for names, missing in sides if names)
 
-    def check_usable(self) -> None:
+    def check_usable(self, advice: str = "") -> None:
         """Says once, before the work, what would be said of every pair. One good pair is enough.
 
         Raises:
-            InputError: every pair is of two sizes or cannot be read.
+            InputError: every pair is of two sizes or cannot be read; `advice` comes after that.
         """
         first = None
         for pair in self.pairs:
@@ -81,7 +81,7 @@ class PairList:
                 return
             except (InputError, OSError) as error:
                 first = first or error
-        raise InputError(f"not one of {len(self.pairs)} pairs can be used. The first: {first}")
+        raise InputError(f"not one of {len(self.pairs)} pairs can be used. The first: {first}{advice}")
 
 
 def add_pair_option(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -21,17 +19,18 @@ from torch import Tensor
 
 from utils.common import InputError, check_writable
 from utils.data.images import to_uint8, write_image
-from utils.data.pairs import PairList
+from utils.data.pairs import PairList, natural
 from utils.data.sources import Source, frame_source, read_source
 
 SUFFIXES = frozenset(".avi .mp4 .mkv .mov .m4v .mpg .mpeg .webm .wmv .ts".split())
 
-# What OpenCV's wheels write without further software. Of a run that is killed (SIGKILL, power), not interrupted, an
-# .avi and an .mkv play as far as they have reached the disk, which lags behind by up to some megabytes; an .mp4 has its
-# index at the end, and does not play at all.
-CODECS = {".avi": "MJPG", ".mkv": "FFV1", ".mp4": "mp4v"}  # FFV1 is lossless
+# The first that this OpenCV can write: its wheels have no H.264 (avc1). Of a run that is killed (SIGKILL, power), not
+# interrupted, an .avi and an .mkv play as far as they have reached the disk, which lags behind by up to some
+# megabytes; an .mp4 has its index at the end, and does not play at all.
+CODECS = {".avi": ("MJPG",), ".mkv": ("FFV1",), ".mp4": ("avc1", "mp4v")}  # FFV1 is lossless
 
 DEFAULT_RATE = 25.0
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file is said in our words
 
 
 Load = Callable[[], tuple[Source, Source]]  # reads a pair, visible first
@@ -41,54 +40,87 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
-class VideoPair:
-    """Two videos of one scene, read frame by frame; frames are paired by their number.
+class _Frames:
+    """The frames of a video file in their order.
 
     Attributes:
-        count: frames of the shorter one as the files say, None where they do not.
+        count, rate: frames, and frames a second, as the file says; 0 where it does not.
+        read: frames read so far.
+        last: the one that was read last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"no video at {path}")
+        self._capture = cv2.VideoCapture(str(path))
+        if not self._capture.isOpened():
+            raise InputError(f"{path} is not a video that OpenCV can read; convert it, for instance to .mp4 or .avi")
+        rate = float(self._capture.get(cv2.CAP_PROP_FPS))
+        self.count, self.rate = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)), rate if 0 < rate < 1000 else 0.0
+        self.read, self.last = 0, None
+
+    def at(self, number: int) -> np.ndarray | None:
+        """Reads on to a frame, counted from 0: uint8 (H, W, 3), blue first; None past the end."""
+        while self.read <= number:
+            there, frame = self._capture.read()
+            if not there:
+                return None
+            self.read, self.last = self.read + 1, frame
+        return self.last
+
+
+class VideoPair:
+    """Two videos of one scene, read frame by frame: each visible frame with the infrared one nearest in time.
+
+    Where a file does not say its rate, frames are paired by their number.
+
+    Args:
+        vis, ir: the files.
+        offset: seconds by which the infrared video began later; visible frames before its first one are left out.
+
+    Attributes:
+        count: pairs, as far as the files say; None where they do not.
         rate: frames a second of the visible one, None where it does not say.
-        warning: what is wrong with the pair though it can be fused, or "".
-        rest: after the last pair, what was left over, or "".
+        rest: after the last pair, what was left over though no offset was given, or "".
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: a file is not a video that OpenCV can read.
+        InputError: a file is not a video that OpenCV can read; or does not say its rate, and there is an offset.
     """
 
-    def __init__(self, vis: Path, ir: Path) -> None:
-        self.paths = (vis, ir)
-        self.rest = self.warning = ""
-        captures = [_open(path) for path in self.paths]
-        counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in captures]
-        rates = [float(capture.get(cv2.CAP_PROP_FPS)) for capture in captures]
-        for capture in captures:
-            capture.release()
-        self.count = min(counts) if min(counts) > 0 else None
-        self.rate = rates[0] if 0 < rates[0] < 1000 else None
-        if min(rates) > 0 and abs(rates[0] - rates[1]) > 0.01 * max(rates):
-            self.warning = (
-                f"{vis} has {rates[0]:g} frames a second and {ir} has {rates[1]:g}; frames are paired by their "
-                "number, so the two drift apart: convert one to the rate of the other"
-            )
+    def __init__(self, vis: Path, ir: Path, offset: float = 0.0) -> None:
+        self.paths, self.offset, self.rest = (vis, ir), offset, ""
+        frames = [_Frames(path) for path in self.paths]
+        counts, rates = ([getattr(each, name) for each in frames] for name in ("count", "rate"))
+        self.rate = rates[0] or None
+        if offset and not all(rates):
+            raise InputError(f"--offset: {self.paths[rates.index(0)]} does not say how many frames a second it has")
+        self._rates = rates if all(rates) else [1.0, 1.0]
+        self._first = max(0, math.ceil(offset * self._rates[0] - 1e-6))
+        end = min(counts[0] / self._rates[0], counts[1] / self._rates[1] + offset)  # in seconds
+        self.count = max(0, int(end * self._rates[0] + 1e-6) - self._first) if min(counts) > 0 else None
 
     def __iter__(self) -> Iterator[tuple[str, Load]]:
         """Name, and what gives the two frames, of every pair."""
-        captures = [_open(path) for path in self.paths]
-        try:
-            for number in itertools.count(1):
-                frames = [capture.read()[1] for capture in captures]
-                if any(frame is None for frame in frames):
-                    break
-                names = [f"{path}, frame {number}" for path in self.paths]
-                yield f"{number:06d}", partial(_sources, names, frames)
-        finally:
-            for capture in captures:
-                capture.release()
-        for path, other, frame in zip(self.paths, reversed(self.paths), frames, strict=True):
-            if frame is not None:
-                self.rest = f"{other} has {number - 1} readable frames and {path} has more; the rest was left out"
-        if not self.rest and self.count and number - 1 < 0.98 * self.count:  # the count in a file is an estimate
-            self.rest = f"only {number - 1} of {self.count} frames could be read; are the files damaged?"
+        both = vis, ir = [_Frames(path) for path in self.paths]
+        for number in itertools.count(self._first):
+            there = (number / self._rates[0] - self.offset) * self._rates[1] + 1e-6  # in infrared frames
+            frames = [vis.at(number), ir.at(math.floor(there + 0.5))]
+            if frames[1] is None and there < ir.read:  # its last frame lasts as long as every other
+                frames[1] = ir.last
+            if any(frame is None for frame in frames):
+                break
+            names = [f"{path}, frame {each.read}" for path, each in zip(self.paths, both, strict=True)]
+            sources = tuple(map(frame_source, names, frames))
+            yield f"{number + 1:06d}", lambda sources=sources: sources
+        done = number - self._first
+        if self.count and done < 0.98 * self.count:  # the count in a file is an estimate
+            self.rest = f"only {done} of {self.count} frames could be read; are the files damaged?"
+        for one, at in ((0, number), (1, math.ceil(there - 2e-6))):
+            least = math.ceil(self._rates[one] / min(self._rates))  # less than a frame of the slower one is no rest
+            if not self.offset and both[one].at(at + least - 1) is not None:
+                ended = f"{self.paths[1 - one]} has {both[1 - one].read} readable frames"
+                self.rest = f"{ended} and {self.paths[one]} has more; the rest was left out"
 
 
 class SequencePair:
@@ -96,36 +128,17 @@ class SequencePair:
 
     Attributes:
         count: pairs.
-        rate, warning, rest: as of `VideoPair`; None and empty.
+        rate, rest: as of `VideoPair`; None and empty.
     """
 
     def __init__(self, found: PairList) -> None:
-        self.pairs = sorted(found.pairs, key=lambda pair: _by_number(pair.name))
+        self.pairs = sorted(found.pairs, key=lambda pair: natural(pair.name))
         self.count = len(self.pairs)
-        self.rate, self.warning, self.rest = None, "", ""
+        self.rate, self.rest = None, ""
 
     def __iter__(self) -> Iterator[tuple[str, Load]]:
         for pair in self.pairs:
             yield pair.name, lambda pair=pair: (read_source(pair.vis), read_source(pair.ir))
-
-
-def _sources(names: Sequence[str], frames: Sequence[np.ndarray]) -> tuple[Source, Source]:
-    vis, ir = map(frame_source, names, frames)
-    return vis, ir
-
-
-def _by_number(name: str) -> list[tuple[int, int | str]]:
-    parts = re.split("([0-9]+)", name)
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
-
-
-def _open(path: Path) -> cv2.VideoCapture:
-    if not path.is_file():
-        raise FileNotFoundError(f"no video at {path}")
-    capture = cv2.VideoCapture(str(path))
-    if not capture.isOpened():
-        raise InputError(f"{path} is not a video that OpenCV can read; convert it, for instance to .mp4 or .avi")
-    return capture
 
 
 class VideoFile:
@@ -135,7 +148,7 @@ class VideoFile:
     played, and a video that was there before is still there. Use it in a `with` block.
 
     Args:
-        path: .avi (Motion JPEG), .mkv (FFV1, lossless), or .mp4 (MPEG-4).
+        path: .avi (Motion JPEG), .mkv (FFV1, lossless), or .mp4 (H.264 where this OpenCV has it, else MPEG-4).
         rate: frames a second.
 
     Attributes:
@@ -151,8 +164,7 @@ class VideoFile:
         self.path, self.rate = path, rate
         check_video_name(path)
         self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        self.written = 0
-        self.padded = False
+        self.written, self.padded, self.codec = 0, False, ""
         self._writer: cv2.VideoWriter | None = None
         self._last: np.ndarray | None = None
 
@@ -187,12 +199,18 @@ class VideoFile:
 
     @property
     def what(self) -> str:
-        return f"frames at {self.rate:g} a second"
+        return f"frames at {self.rate:g} a second ({self.codec})"
 
     def _start(self, width: int, height: int) -> cv2.VideoWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        code = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
-        writer = cv2.VideoWriter(str(self.partial), code, self.rate, (width, height))
+        loud = cv2.utils.logging.setLogLevel(0)  # silent: that the first codec is not there is no error
+        for codec in CODECS[self.path.suffix.lower()]:
+            code = cv2.VideoWriter.fourcc(*codec)
+            writer = cv2.VideoWriter(str(self.partial), code, self.rate, (width, height))
+            if writer.isOpened():
+                self.codec = codec
+                break
+        cv2.utils.logging.setLogLevel(loud)
         if not writer.isOpened():
             raise InputError(
                 f"{self.path}: this OpenCV cannot write {self.path.suffix} videos of {width}x{height} here; "
@@ -207,10 +225,13 @@ class VideoFile:
         if kind is not None:
             print(f"\n{self.partial}: the {self.written} frames done so far", file=sys.stderr)
             return
-        # OpenCV says nothing about a full disk.
-        kept = _count(self.partial)
-        if kept < self.written:
-            raise OSError(f"{self.partial}: only {kept} of {self.written} frames were written; is the disk full?")
+        try:  # OpenCV says nothing about a full disk
+            frames = _Frames(self.partial)
+            whole = frames.count >= self.written or frames.at(self.written - 1) is not None
+        except InputError:
+            whole = False
+        if not whole:
+            raise OSError(f"{self.partial}: fewer than {self.written} frames were written; is the disk full?")
         os.replace(self.partial, self.path)
 
 
@@ -251,32 +272,21 @@ def check_video_name(path: Path) -> None:
         raise InputError(f"{path}: videos are written as one of {' '.join(CODECS)}; .mkv is lossless")
 
 
-def _count(path: Path) -> int:
-    capture = cv2.VideoCapture(str(path))
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    if count <= 0:  # the file does not say
-        count = 0
-        while capture.grab():
-            count += 1
-    capture.release()
-    return count
-
-
 class RunningRange:
-    """Stretches each frame to the full range of the last frames instead of to its own, so that brightness is steady.
+    """Min-max normalises each frame by the range of the last frames, not by its own, so that brightness is steady.
 
-    Stretched on its own, as single images are, a frame is brightened or darkened as a whole by one bright pixel that
+    Normalised on its own, as single images are, a frame is brightened or darkened as a whole by one bright pixel that
     comes or goes. Here lowest and highest value are exponential averages over the frames so far; what lies beyond
     them is clipped. Given to `utils.inference.fusing.fuse_arrays` as `normalise`.
 
     Args:
-        frames: after so many frames, a change of the range has been followed to 63 %. 0 stretches each frame alone.
+        frames: after so many frames, a change of the range has been followed to 63 %. 0 normalises each frame alone.
     """
 
     def __init__(self, frames: float) -> None:
         self.kept = math.exp(-1 / frames) if frames > 0 else 0.0
         self.low = self.high = math.nan
-        self.mean_alone = math.nan  # what the mean of the last frame, in [0, 255], were if stretched alone
+        self.mean_alone = math.nan  # what the mean of the last frame, in [0, 255], were if normalised alone
 
     def __call__(self, fused: Tensor) -> Tensor:
         """One frame as the system gives it, (1, 1, H, W) -> the same in [0, 1]."""
@@ -288,24 +298,3 @@ class RunningRange:
         if not self.high > self.low:
             return fused.clamp(0, 1)
         return torch.clamp((fused - self.low) / (self.high - self.low), 0, 1)
-
-
-class Flicker:
-    """Mean change of a frame's mean level from each frame to the next, in grey levels of 255, for several videos."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-        self._sums: dict[str, float] = {}
-        self._steps = 0
-
-    def add(self, **means: float) -> None:
-        """The mean levels of one frame, by the name of the video; the same names each time."""
-        if self._last:
-            self._steps += 1
-            for name, mean in means.items():
-                self._sums[name] = self._sums.get(name, 0.0) + abs(mean - self._last[name])
-        self._last = means
-
-    def figures(self) -> dict[str, float]:
-        """Name -> figure; nothing before the second frame."""
-        return {name: total / self._steps for name, total in self._sums.items()}
