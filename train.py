@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from utils.common import InputError, check_writable, git_commit, run_script
+from utils.common import InputError, check_writable, git_commit, lock_run_dir, run_script
 from utils.data.images import write_image
 from utils.data.patches import PatchDataset
 from utils.inference.fusing import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
 from utils.training.distributed import any_rank, from_first, is_first, process_group, ranks
-from utils.training.loop import Run, Stop, hold_folder, say, stop_now
+from utils.training.loop import Run, Stop, say, stop_now
 from utils.training.monitor import Curves, draw_panel, validate
 from utils.training.optimizers import OPTIMIZERS
 from zoo import SYSTEMS, TASKS, check_options, find_system, option
@@ -199,8 +199,8 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     stages = model.stages(system_options, args.task)
     run = Run(model, stages, options, dataset, settings, facts, out, f"{system.label}_{args.task.upper()}.pth")
     run.compile = args.compile
-    # Before a checkpoint is read that another process may yet replace; a new folder comes last.
-    is_held = from_first(lambda: hold_folder(out, held))
+    # Before a checkpoint is read that another process may yet replace.
+    from_first(lambda: held.enter_context(lock_run_dir(out)))
     resumed = resume(run, args)
     if not resumed and args.init:
         model.load_published(find_weights(system, args.task, args.init)[-1])
@@ -208,8 +208,6 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
         raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
     check_writable(out)
-    if not is_held:
-        from_first(lambda: hold_folder(out, held))
     dataset.move_to(device)
     if is_first():
         if resumed:

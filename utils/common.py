@@ -16,6 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 T = TypeVar("T")
 
 EXIT_BAD_INPUT = 2
@@ -117,6 +122,37 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_run_dir(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder for the length of the block, or until this process is gone, however it went.
+
+    Makes the folder where there is none, and takes that one away again if it is still empty at the end. Where the
+    system cannot lock a folder (Windows, some network drives), nobody is kept out.
+
+    Raises:
+        InputError: another run has locked it.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise InputError(
+                        f"another process writes to {folder}: wait until it has ended, or choose another --out"
+                    ) from error
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # a folder that is not empty
+                folder.rmdir()
+        if fcntl:
+            os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

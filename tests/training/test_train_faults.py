@@ -99,7 +99,7 @@ def test_folder_of_a_run_is_closed_to_others_until_it_has_ended(options, patch_f
         patched.setattr(loop.Run, "train_step", beside)
         assert run(patch_file, out, "--max-minutes", "1e-6") == train.EXIT_UNFINISHED
     assert others == [2]
-    assert f"{out} is being trained by another process" in capsys.readouterr().err
+    assert f"another process writes to {out}" in capsys.readouterr().err
     assert run(patch_file, out, "--resume", "auto") == 0
 
 

@@ -30,11 +30,6 @@ from utils.inference.fusing import autocast, has_bfloat16
 from utils.training.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
 from utils.training.optimizers import Muon
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 if TYPE_CHECKING:
     from zoo import Pass, Stage
 
@@ -487,33 +482,6 @@ class Run:
                 os.replace(there[0], there[0].with_name(there[0].name + ".damaged"))
             return path
         return None
-
-
-def hold_folder(out: Path, held: contextlib.ExitStack) -> bool:
-    """Keeps other runs out of a folder until `held` is closed, or until this process is gone, however it went.
-
-    Returns:
-        False where there is no such folder, or nothing that could be locked (some network drives, Windows).
-
-    Raises:
-        InputError: another run holds it.
-    """
-    if fcntl is None:
-        return False
-    try:
-        folder = os.open(out, os.O_RDONLY)
-    except OSError:
-        return False
-    held.callback(os.close, folder)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{out} is being trained by another process: wait until that has ended, or choose another --out"
-        ) from error
-    except OSError:
-        return False
-    return True
 
 
 class _PassLosses(nn.Module):
