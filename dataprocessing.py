@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.common import EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
+from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
 from utils.data.degradation import INFRARED, VISIBLE
 from utils.data.degradation_panel import write_examples
 from utils.data.images import luma_of, read_colour, read_luma
-from utils.data.pairs import Pair, check_same_size, find_modalities, list_pairs
+from utils.data.pairs import Pair, check_same_size, find_modalities, list_pairs, read_as
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
+from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
 from utils.metrics import SMALLEST_SCORED
 
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("vis", "ir"):
         text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/data/degradation.py)"
         add(f"--degrade-{name}", default="", metavar="RANGES", help=text)
+    add_reading_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -99,7 +101,7 @@ def prepare(args: argparse.Namespace) -> int:
         raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
     if args.degrade is not None:
-        return show_degraded(args, [pair for both in folders for pair in list_pairs(*both).pairs])
+        return show_degraded(args, [pair for both in folders for pair in read_as(list_pairs(*both), args).pairs])
     out = args.out or default_out(folders, args.patch_size, args.stride)
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file whose name ends in .h5")
@@ -108,7 +110,7 @@ def prepare(args: argparse.Namespace) -> int:
     pairs: list[Pair] = []
     held_out: set[Pair] = set()
     for vis_folder, ir_folder in folders:
-        found = list_pairs(vis_folder, ir_folder)
+        found = read_as(list_pairs(vis_folder, ir_folder), args)
         pairs += found.pairs
         held_out |= set(in_blocks(found.pairs, args.holdout) if args.holdout else [])
         if found.unmatched():
@@ -128,6 +130,8 @@ def prepare(args: argparse.Namespace) -> int:
         "patch_size": args.patch_size,
         "stride": args.stride,
         "holdout": f"one in {args.holdout}, in blocks" if args.holdout else "none",
+        "vi_range": "; ".join(dict.fromkeys(str(pair.vis_reading.range or "as stored") for pair in pairs)),
+        "ir_range": "; ".join(dict.fromkeys(str(pair.ir_reading.range or "as stored") for pair in pairs)),
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
@@ -139,9 +143,10 @@ def prepare(args: argparse.Namespace) -> int:
                         writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                     continue
                 patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
-            except (InputError, OSError) as error:
+            except BAD_PAIR as error:
                 bad.append(pair.name)
-                tqdm.write(f"warning: {error}; left out", file=sys.stderr)
+                reason = str(error) or f"{pair.name}: there is not enough memory"
+                tqdm.write(f"warning: {reason}; left out", file=sys.stderr)
                 continue
             grey = (luma_of(patches[0]) if args.colour else patches[0], patches[1])
             good = [not any(is_low_contrast(p, args.legacy_filter) for p in both) for both in zip(*grey, strict=True)]
@@ -149,9 +154,14 @@ def prepare(args: argparse.Namespace) -> int:
             kept += sum(good)
             dropped += len(good) - sum(good)
         if not kept:
+            advice = (
+                "nearly constant sources are named above, and --ir-range auto or --vi-range auto spreads their values"
+                if dropped
+                else f"try a --patch-size below {args.patch_size}"
+            )
             raise InputError(
                 f"not one patch was kept of {len(pairs)} pairs ({dropped} of low contrast, {len(bad)} pairs left out); "
-                f"try a --patch-size below {args.patch_size}. {out} was not written"
+                f"{advice}. {out} was not written"
             )
     print(
         f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, "
@@ -205,7 +215,8 @@ def read_pair(pair: Pair, colour: bool) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: unreadable, or of two sizes.
     """
-    vis, ir = (read_colour if colour else read_luma)(pair.vis), read_luma(pair.ir)
+    vis = (read_colour if colour else read_luma)(pair.vis, pair.vis_reading)
+    ir = read_luma(pair.ir, pair.ir_reading)
     check_same_size(pair, vis, ir)
     return vis, ir
 

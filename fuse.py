@@ -22,17 +22,21 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common import (
+    BAD_PAIR,
     EXIT_BAD_INPUT,
     InputError,
+    check_target,
     check_writable,
     listed,
     progress,
+    remember_source,
     run_script,
     sigterm_as_ctrl_c,
     whole_file,
 )
-from utils.data.images import DEEP_SUFFIXES, SUFFIXES, check_format, side_by_side, to_uint8, write_image
-from utils.data.pairs import PairList, add_pair_option, list_pairs, refuse_one_source, task_of
+from utils.data.images import DEEP_SUFFIXES, SUFFIXES, WRITABLE, check_format, side_by_side, to_uint8, write_image
+from utils.data.pairs import Pair, PairList, add_pair_option, list_pairs, read_as, refuse_one_source, task_of
+from utils.data.readers import add_reading_options, readings_of, stem_of, suffix_of
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography
 from utils.data.sources import Registration, Source, read_source
 from utils.data.video import (
@@ -109,7 +113,7 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ir", type=Path, required=True, metavar="PATH", help="infrared (CT, PET, SPECT): image, folder or video")
+    add("--ir", type=Path, metavar="PATH", help="infrared (CT, PET, SPECT): image, folder or video")
     add("--vi", type=Path, required=True, metavar="PATH", help="visible (MRI): image, folder or video")
     add("--out", type=Path, required=True, metavar="PATH",
         help="image, video (.mkv lossless, .avi, .mp4), or folder, where files have their visible names")  # fmt: skip
@@ -140,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--weights", type=Path, metavar="FILE",
         help="or published (default: that in models/ for the system and the task)")  # fmt: skip
     add("--skip", help=SKIP_HELP)
+    add_reading_options(parser)
     add_inference_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(fuse, parser.parse_args(argv))
@@ -147,10 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fuse(args: argparse.Namespace) -> int:
     """Chooses among pair, folders and videos; all that can be wrong with the options is said before a network runs."""
+    if not (args.ir or args.ir_from_alpha):
+        raise InputError("--ir PATH is missing: the infrared image, folder or video")
+    args.ir = args.ir or args.vi
     for path in (args.ir, args.vi):
         if not path.exists():
             raise FileNotFoundError(f"nothing at {path}; --ir and --vi each name an image, a folder or a video")
-    refuse_one_source(args.vi, args.ir)
+    if not args.ir_from_alpha:
+        refuse_one_source(args.vi, args.ir)
     kinds = [kind_of(path) for path in (args.ir, args.vi)]
     if kinds[0] != kinds[1]:
         raise InputError(f"{args.ir} is {kinds[0]} but {args.vi} is {kinds[1]}; --ir and --vi must be of one kind")
@@ -160,10 +169,19 @@ def fuse(args: argparse.Namespace) -> int:
     registration = Registration(args.resize_ir, read_homography(args.homography) if args.homography else None)
     found = open_folders(args) if kind == "a folder" else None
     if kind == "an image":
+        remember_source(args.vi)
+        remember_source(args.ir)
+        [pair, *others] = read_list(PairList((Pair(stem_of(args.vi), args.vi, args.ir),), (), ()), args).pairs
         names_file = args.out.suffix and not args.out.is_dir()
-        target = args.out if names_file else args.out / name_in_folder(args.vi, args)
+        target = args.out if names_file else args.out / name_in_folder(pair, args)
+        if others:  # --slice all
+            if names_file:
+                raise InputError(f"{args.out} is one image but {args.vi} holds {len(others) + 1} slices; name a folder")
+            found = PairList((pair, *others), (), ())
         refuse_sources(target, args)
         check_format(target, args.bits)
+        if args.panel:
+            check_target(panel_beside(target))
     session = Session(open_method(args), args, registration)
     named = task_of(args.vi, args.ir)
     if named and named != args.task:
@@ -171,7 +189,7 @@ def fuse(args: argparse.Namespace) -> int:
     with sigterm_as_ctrl_c():  # videos are closed so that they play, lists are written
         if moving:
             return fuse_moving(session, found)
-        return fuse_folder(session, found) if found else fuse_pair(session, target)
+        return fuse_folder(session, found) if found else fuse_pair(session, pair, target)
 
 
 def kind_of(path: Path) -> str:
@@ -205,15 +223,18 @@ def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: b
         raise InputError(f"--smooth must be at least 0, got {args.smooth:g}")
     if args.suffix:
         check_format(Path("image" + args.suffix), args.bits)
+        if Path("image" + args.suffix).name != "image" + args.suffix:
+            raise InputError(f"--suffix {args.suffix} must be a format such as .png; --out names the folder")
 
 
 def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
-def name_in_folder(vis: Path, args: argparse.Namespace) -> str:
+def name_in_folder(pair: Pair, args: argparse.Namespace) -> str:
     """Annotations name images with their suffix, so that is kept, too, unless it is asked for another one."""
-    name = vis.stem + args.suffix if args.suffix else vis.name
+    suffix = args.suffix or (pair.vis.suffix if suffix_of(pair.vis) in WRITABLE else ".png")
+    name = (pair.name if args.slice == "all" else stem_of(pair.vis)) + suffix
     if args.bits == 16 and Path(name).suffix.lower() not in DEEP_SUFFIXES:
         raise InputError(f"{name} cannot hold 16 bits; add --suffix .png")
     return name
@@ -229,11 +250,18 @@ def open_folders(args: argparse.Namespace) -> PairList:
     found = list_pairs(args.vi, args.ir, args.pair_by)
     if found.unmatched():
         print(f"warning: {found.unmatched()}; left out", file=sys.stderr)
+    if args.list:
+        check_target(args.list)
+    found = read_list(found, args)
     if not (args.resize_ir or args.homography):
         found.check_usable("; add --resize-ir where both show the same view, else --homography FILE")
     for pair in found.pairs if not is_video(args.out) else ():
-        check_format(args.out / name_in_folder(pair.vis, args), args.bits)
+        check_format(args.out / name_in_folder(pair, args), args.bits)
     return found
+
+
+def read_list(found: PairList, args: argparse.Namespace) -> PairList:
+    return read_as(found, args, args.max_memory if pick_device(args.device).type == "cpu" else None)
 
 
 def open_method(args: argparse.Namespace) -> Method:
@@ -243,10 +271,10 @@ def open_method(args: argparse.Namespace) -> Method:
     return load_method(path, system, device, args.skip, args.task)
 
 
-def fuse_pair(session: Session, target: Path) -> int:
+def fuse_pair(session: Session, pair: Pair, target: Path) -> int:
     args = session.args
-    vis = read_source(args.vi)
-    ir = session.register(vis, read_source(args.ir), target.name)
+    vis = read_source(pair.vis, pair.vis_reading)
+    ir = session.register(vis, read_source(pair.ir, pair.ir_reading), target.name)
     started = time.perf_counter()
     fused = session.fuse(vis, ir)
     elapsed_s = time.perf_counter() - started
@@ -270,15 +298,15 @@ def fuse_folder(session: Session, found: PairList) -> int:
     try:
         for pair in progress(found.pairs, str(args.out), "pair"):
             try:
-                target = args.out / name_in_folder(pair.vis, args)
-                vis = read_source(pair.vis)
-                ir = session.register(vis, read_source(pair.ir), pair.name)
+                target = args.out / name_in_folder(pair, args)
+                vis = read_source(pair.vis, pair.vis_reading)
+                ir = session.register(vis, read_source(pair.ir, pair.ir_reading), pair.name)
                 fused = session.fuse(vis, ir)
                 write_image(target, fused, bits=args.bits)
                 session.fused += 1
                 if args.panel:
                     session.write_panel(args.out / "panels" / f"{pair.name}.png", vis, ir, fused)
-            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+            except BAD_PAIR as error:
                 left_out(f"{args.out.name}/{pair.name}", error, args)
                 continue
             entry = {"name": pair.name, "ir": str(pair.ir), "vi": str(pair.vis), "fused": str(target)}
@@ -301,7 +329,10 @@ def annotations_in(folder: Path) -> dict[str, str]:
     """File name without suffix -> path of every file of a folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of annotations at {folder}")
-    return {path.stem: str(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."}
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
+    for path in paths:
+        remember_source(path)
+    return {path.stem: str(path) for path in paths}
 
 
 def write_list(path: Path, method: Method, pairs: list[dict[str, str | None]]) -> None:
@@ -315,9 +346,9 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
     """Fuses videos or sequences frame by frame, to a video or to a folder. Returns 2 if frames had to be left out."""
     args = session.args
     refuse_sources(args.out, args)
-    frames = SequencePair(found) if found else VideoPair(args.vi, args.ir, args.offset)
+    frames = SequencePair(found) if found else VideoPair(args.vi, args.ir, args.offset, readings_of(args))
     rate = args.fps or frames.rate or DEFAULT_RATE
-    names = {pair.name: name_in_folder(pair.vis, args) for pair in found.pairs} if found else {}
+    names = {pair.name: name_in_folder(pair, args) for pair in found.pairs} if found else {}
     started = time.perf_counter()
     to_video = is_video(args.out)
     with VideoFile(args.out, rate) if to_video else FrameFolder(args.out, names, args.suffix, args.bits) as sink:
@@ -342,7 +373,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
             ir = session.register(vis, ir, name, check=not session.fused)
             fused = session.fuse(vis, ir, steady)
             sink.write(fused, name)
-        except (ValueError, OSError, RuntimeError) as error:
+        except BAD_PAIR as error:
             if not session.fused:  # what is wrong with the first frame is wrong with all of them
                 raise
             left_out(name, error, args, sink.stand_in())

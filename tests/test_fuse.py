@@ -346,8 +346,8 @@ def test_bad_input_is_one_clear_line(ir, vi, out, options, said, data, capsys):
         (data / name).write_bytes(b"no video")
     (data / "link.avi").symlink_to(data / "bad.avi")
     for name in "ab":
-        write_grey(data / "jpeg" / f"{name}.jpg", np.zeros(SIZE))
-        write_grey(data / "large" / f"{name}.png", np.zeros((50, 50)))
+        write_grey(data / "jpeg" / f"{name}.jpg", np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE))
+        write_grey(data / "large" / f"{name}.png", np.linspace(0, 255, 2500).reshape(50, 50))
     before = sorted(data.rglob("*"))
     code, _, err = run(capsys, data / ir, data / vi, data / out, *options)
     lines = err.splitlines()

@@ -198,10 +198,10 @@ def test_unreadable_file_costs_its_pair_only(infrared, weights, tmp_path, capsys
 
     read = pairs.read_grey
 
-    def refuses_one(path):
+    def refuses_one(path, *how):
         if path.name == "b.png" and path.parent.name == "ir":
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return read(path, *how)
 
     monkeypatch.setattr(pairs, "read_grey", refuses_one)
     code, out, err = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")

@@ -7,11 +7,13 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +25,7 @@ except ImportError:  # Windows
 
 T = TypeVar("T")
 
+BAD_PAIR = (ValueError, OSError, RuntimeError, MemoryError)  # what costs a pair only; RuntimeError: torch's memory
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -30,6 +33,14 @@ DATA_VARIABLE = "FUSION_DATA"
 SECONDS_BETWEEN_LINES = 60  # of progress, where it goes to a log file
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Hidden temporary files say which machine and which process writes them, so that those of killed runs can be told.
+_TEMPORARY = f".{zlib.crc32(socket.gethostname().encode()):08x}"
+
+_sources: set[str] = set()  # real paths of files that this process has read and not written itself
+_written: set[str] = set()
+_unfinished: set[Path] = set()  # temporary files of this process
+_swept: set[Path] = set()
 
 
 def in_checkout(*parts: str) -> Path:
@@ -77,10 +88,10 @@ def run_script(body: Callable[[argparse.Namespace], int], args: argparse.Namespa
     """
     try:
         return body(args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error) or 'there is not enough memory'}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; files already written are whole", file=sys.stderr)
@@ -103,25 +114,70 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def remember_source(path: Path | str) -> None:
+    """Notes that a file is read, or will be: from then on this process does not write over it."""
+    real = os.path.realpath(path)
+    if real not in _written:
+        _sources.add(real)
+
+
+def check_target(path: Path | str) -> Path:
+    """The file that writing to `path` would write, through links.
+
+    Raises:
+        InputError: it is a source, a folder, or something else that is not a file, such as a device.
+    """
+    real = Path(os.path.realpath(path))
+    if str(real) in _sources:
+        raise InputError(f"{path} is one of the sources, and would be written over; name another place")
+    if real.exists() and not real.is_file():
+        raise InputError(f"{path} is a {'folder' if real.is_dir() else 'pipe or a device'}; name a file")
+    return real
+
+
 @contextlib.contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`, moved over it when the block ends well, removed otherwise.
 
-    So `path` holds either what it held before or all of the new content, also after a crash or a full disk.
+    So `path` holds either what it held before or all of the new content, also after a crash or a full disk. What a
+    killed run has left unfinished in that folder is removed.
+
+    Raises:
+        InputError: as `check_target`.
     """
-    path = Path(os.path.realpath(path))  # through a link, which stays one
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it")
+    path = check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
     # A name of its own, not one made of the target's, which may be as long as the file system allows.
-    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
+    temporary = path.with_name(f"{_TEMPORARY}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
+    _unfinished.add(temporary)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _written.add(str(path))
     finally:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed runs have left, once for each folder."""
+    if folder in _swept or os.name != "posix":  # elsewhere asking for a process could end it
+        return
+    _swept.add(folder)
+    for path in set(folder.glob(f"{_TEMPORARY}.*.tmp*")) - _unfinished:
+        owner = int(path.name.split(".")[2])
+        try:
+            if owner != os.getpid():  # a container gives the number of a killed process again
+                os.kill(owner, 0)
+                continue
+        except ProcessLookupError:
+            pass
+        except PermissionError:  # it runs, for somebody else
+            continue
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -181,6 +237,14 @@ def free_memory() -> int | None:
     except (OSError, ValueError):
         return free  # no group, or one without a limit ("max")
     return max(0, min(free, left))
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

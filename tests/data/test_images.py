@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from pathlib import Path
 
 import cv2
@@ -93,15 +92,7 @@ def test_any_file_name_works(tmp_path, name):
     np.testing.assert_array_equal(read_grey(tmp_path / name), np.full((4, 5), 7))
 
 
-HUGE = (
-    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-    + (60000).to_bytes(4, "big") * 2
-    + b"\x08\x00\x00\x00\x00"
-    + zlib.crc32(b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00").to_bytes(4, "big")
-)
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40), HUGE])
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
 def test_unreadable_files_are_named(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match="a.png is not an image of 8 or 16 bits"):
@@ -111,13 +102,6 @@ def test_unreadable_files_are_named(tmp_path, content):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="a.png"):
         read_grey(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)])
-def test_float_files_are_refused(tmp_path, shape):
-    path = write(tmp_path / "a.tiff", np.zeros(shape, np.float32))
-    with pytest.raises(InputError, match="a.tiff is not an image of 8 or 16 bits"):
-        read_grey(path)
 
 
 def test_writing_rounds_half_up_and_clips(tmp_path):

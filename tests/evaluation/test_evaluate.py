@@ -146,7 +146,7 @@ def test_rows_about_different_images_are_said_to_be(scene, capsys):
 
 
 def test_a_bad_pair_of_sources_is_left_out_for_everybody(scene, capsys):
-    write_grey(scene / "SMALL" / "ir" / "02.png", np.zeros((10, 10)))
+    cv2.imwrite(str(scene / "SMALL" / "ir" / "02.png"), np.zeros((10, 10)))
     code, found, err = run_json(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--baselines")
     assert code == 2 and "02.png is 51x43 but" in err and err.count("left out for every method") == 1
     assert {row["pairs"] for row in found["rows"]} == {2}
@@ -362,7 +362,7 @@ def test_a_copy_of_the_published_set_is_recognised(fusion_data, tmp_path, capsys
     assert code == 0 and "MRI_CT: the published images: 42 of 42 files as published" in out
     assert f"TNO: not in {tmp_path}" in out
     pair = list_pairs(tmp_path / "MRI_CT" / "MRI", tmp_path / "MRI_CT" / "CT").pairs[0]
-    write_grey(pair.vis, 255 - read_grey(pair.vis))
+    cv2.imwrite(str(pair.vis), 255 - read_grey(pair.vis))
     code, out, _ = run(capsys, "--verify-data", tmp_path)
     assert code == 2 and f"NOT the published set: 41 of 42 files as published; 1 different: MRI/{pair.vis.name}" in out
 

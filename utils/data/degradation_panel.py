@@ -44,7 +44,8 @@ def write_examples(
         rng = np.random.default_rng((seed, number))
         draws = [ranges.draw(rng) for ranges in (vis_ranges, vis_ranges, ir_ranges, ir_ranges)]
         try:
-            vis, ir = (read_colour(path) / np.float32(255) for path in (pair.vis, pair.ir))
+            vis = read_colour(pair.vis, pair.vis_reading) / np.float32(255)
+            ir = read_colour(pair.ir, pair.ir_reading) / np.float32(255)
             check_same_size(pair, vis[..., 0], ir[..., 0])
         except (InputError, OSError) as error:
             print(f"warning: {error}; left out", file=sys.stderr)

@@ -12,13 +12,14 @@ import cv2
 import numpy as np
 
 from utils.common import InputError, whole_file
+from utils.data.readers import PLAIN, SUFFIXES, Reading, decode
 
-SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm .webp".split())
+WRITABLE = SUFFIXES - {".gif", ".dcm", ".nii", ".nii.gz"}
 DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
 _GAP = 4  # pixels of white between images that are shown together
 
 
-def read_grey(path: Path | str) -> np.ndarray:
+def read_grey(path: Path | str, reading: Reading = PLAIN) -> np.ndarray:
     """Grey levels of an image file by the rule behind the published tables.
 
     Colour is decoded first and turned to grey as floats, 0.299 R + 0.587 G + 0.114 B, then rounded half to
@@ -27,25 +28,25 @@ def read_grey(path: Path | str) -> np.ndarray:
     lost: 65535 becomes 255 and one 16-bit level 0.0039.
 
     Args:
-        path: PNG, JPEG, BMP, TIFF or portable anymap file of 8 or 16 bits.
+        path: a file of the formats of `utils.data.readers`.
+        reading: which of its values become black and white, and what else is to be known of it.
 
     Returns:
         float32 (H, W) in [0, 255].
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: not an image, damaged, or neither 8 nor 16 bits deep.
+        InputError: as `utils.data.readers.decode`.
     """
-    luma, depth = _read_luma(Path(path))
-    return np.round(luma) if depth == 8 else luma
+    return grey_of_pixels(decode(Path(path), reading))
 
 
-def read_luma(path: Path | str) -> np.ndarray:
+def read_luma(path: Path | str, reading: Reading = PLAIN) -> np.ndarray:
     """As `read_grey`, without the rounding: what the published training reads. float32 (H, W) in [0, 255]."""
-    return _read_luma(Path(path))[0]
+    return _luma(decode(Path(path), reading))
 
 
-def read_colour(path: Path | str) -> np.ndarray:
+def read_colour(path: Path | str, reading: Reading = PLAIN) -> np.ndarray:
     """Colours of an image file, float32 (H, W, 3), red first, in [0, 255]; three equal channels for a grey file.
 
     16-bit files are scaled and not rounded.
@@ -53,14 +54,18 @@ def read_colour(path: Path | str) -> np.ndarray:
     Raises:
         FileNotFoundError, InputError: as `read_grey`.
     """
-    bgr = _decode(Path(path))
-    scale = np.float32(255 / 65535) if bgr.dtype == np.uint16 else np.float32(1)
-    return bgr[..., ::-1].astype(np.float32) * scale
+    return colour_of_pixels(decode(Path(path), reading))
 
 
-def grey_of_frame(bgr: np.ndarray) -> np.ndarray:
-    """Grey levels of a decoded 8-bit image, (H, W, 3) blue first, by the rule of `read_grey`: float32 (H, W)."""
-    return np.round(_luma(bgr))
+def grey_of_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Grey levels of what `decode` gives, by the rule of `read_grey`: float32 (H, W)."""
+    return np.round(_luma(pixels)) if pixels.dtype == np.uint8 else _luma(pixels)
+
+
+def colour_of_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Colours of what `decode` gives: float32 (H, W, 3), red first."""
+    bgr = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    return bgr[..., ::-1].astype(np.float32)
 
 
 def grey_of(image: np.ndarray) -> np.ndarray:
@@ -75,29 +80,8 @@ def luma_of(image: np.ndarray) -> np.ndarray:
 
 
 def _luma(bgr: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(bgr.astype(np.float32), cv2.COLOR_BGR2GRAY)
-
-
-def _read_luma(path: Path) -> tuple[np.ndarray, int]:
-    bgr = _decode(path)
-    luma = _luma(bgr)
-    if bgr.dtype == np.uint16:
-        return luma * np.float32(255 / 65535), 16
-    return luma, 8
-
-
-def _decode(path: Path) -> np.ndarray:
-    encoded = np.fromfile(path, dtype=np.uint8)  # not cv2.imread: it cannot open every unicode path
-    try:
-        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error:  # an empty buffer, or a header that promises more pixels than OpenCV allows
-        bgr = None
-    if bgr is None or bgr.dtype not in (np.uint8, np.uint16):
-        raise InputError(
-            f"{path} is not an image of 8 or 16 bits that OpenCV can read ({encoded.size} bytes); "
-            "replace it, convert it, or remove it"
-        )
-    return bgr
+    floats = bgr.astype(np.float32)
+    return floats if bgr.ndim == 2 else cv2.cvtColor(floats, cv2.COLOR_BGR2GRAY)
 
 
 def to_uint8(image: np.ndarray, truncate: bool = False) -> np.ndarray:
@@ -129,44 +113,39 @@ def _check_finite(image: np.ndarray) -> None:
         raise InputError(f"an image of shape {image.shape} holds NaN or infinite pixels; it was not written")
 
 
-def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
-    """Writes (H, W) grey levels as a file of 8 or 16 bits, rounded half up and clipped, whole or not at all.
+def write_image(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
+    """Writes an image file of 8 or 16 bits, rounded half up and clipped, whole or not at all.
 
     Args:
         path: target; the suffix chooses the format. Folders are made.
-        image: (H, W) in [0, 255].
+        image: levels in [0, 255], (H, W), or (H, W, 3), red first.
         truncate: round down to 8 bits; see `to_uint8`.
         bits: 8, or 16 for PNG and TIFF.
 
     Raises:
-        InputError: the array is not (H, W), holds NaN, or the format is unknown or has no 16 bits.
+        InputError: the array has another shape or holds NaN, the format is unknown or has no 16 bits, or the target is
+            a source.
     """
     path = Path(path)
+    if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
+        raise InputError(f"{path}: an image must be (H, W) or (H, W, 3), got {image.shape}")
+    check_format(path, bits)
+    image = image[..., ::-1] if image.ndim == 3 else image
+    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
+
+
+def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
+    """`write_image` for (H, W) alone."""
     if image.ndim != 2:
         raise InputError(f"{path}: a grey image must be (H, W), got {image.shape}")
-    check_format(path, bits)
-    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
+    write_image(path, image, truncate, bits)
 
 
 def write_colour(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
-    """Writes (H, W, 3) colours, red first, as 8 or 16 bits, rounded half up and clipped, whole or not at all.
-
-    Arguments as of `write_grey`.
-
-    Raises:
-        InputError: the array is not (H, W, 3), holds NaN, or the format is unknown or has no 16 bits.
-    """
-    path = Path(path)
-    if image.ndim != 3 or image.shape[2] != 3:
+    """`write_image` for (H, W, 3) alone."""
+    if image.ndim != 3:
         raise InputError(f"{path}: a colour image must be (H, W, 3), got {image.shape}")
-    check_format(path, bits)
-    image = image[..., ::-1]
-    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
-
-
-def write_image(path: Path | str, image: np.ndarray, *, truncate: bool = False, bits: int = 8) -> None:
-    """`write_grey` for (H, W), `write_colour` for everything else."""
-    (write_grey if image.ndim == 2 else write_colour)(path, image, truncate, bits)
+    write_image(path, image, truncate, bits)
 
 
 def check_format(path: Path, bits: int = 8) -> None:
@@ -175,8 +154,8 @@ def check_format(path: Path, bits: int = 8) -> None:
     Raises:
         InputError: it cannot; the formats that can are named.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(SUFFIXES))}")
+    if path.suffix.lower() not in WRITABLE:
+        raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(WRITABLE))}")
     if path.suffix.lower() == ".pbm":
         raise InputError(f"{path}: this format has black and white alone; use .pgm or .png")
     if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:

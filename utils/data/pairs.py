@@ -7,15 +7,26 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.common import InputError, benchmark_root, in_checkout, listed
-from utils.data.images import SUFFIXES, read_grey
+from utils.common import InputError, benchmark_root, in_checkout, listed, remember_source
+from utils.data.images import read_grey
+from utils.data.readers import (
+    PLAIN,
+    SUFFIXES,
+    Reading,
+    auto_range,
+    pages_in,
+    readings_of,
+    stem_of,
+    suffix_of,
+    values_in,
+)
 
 # Task, and what its sub-folders are called, in any case: visible or MRI, and infrared or CT, PET, SPECT.
 LAYOUTS = (
@@ -34,6 +45,8 @@ class Pair(NamedTuple):
     name: str
     vis: Path
     ir: Path
+    vis_reading: Reading = PLAIN
+    ir_reading: Reading = PLAIN
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Both images as grey levels, vis first.
@@ -41,7 +54,7 @@ class Pair(NamedTuple):
         Raises:
             InputError: as `read_grey`, or the two sizes differ.
         """
-        vis, ir = read_grey(self.vis), read_grey(self.ir)
+        vis, ir = read_grey(self.vis, self.vis_reading), read_grey(self.ir, self.ir_reading)
         check_same_size(self, vis, ir)
         return vis, ir
 
@@ -142,13 +155,13 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
     """
     images = _images(Path(folder))
     by = [f"^{re.escape(stem)}([0-9]+)$" for stem in (vis_stem, ir_stem)]
-    vis, ir = ([path for path in images if re.search(each, path.stem)] for each in by)
+    vis, ir = ([path for path in images if re.search(each, stem_of(path))] for each in by)
     either = [path.name for path in vis if path in ir]
     if either:
         raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
     found = _match(_keyed(vis, by[0]), _keyed(ir, by[1]))
     if not found.pairs:
-        present = {re.sub("[0-9]+$", "", path.stem) for path in images if path.stem[-1:].isdigit()}
+        present = {re.sub("[0-9]+$", "", stem_of(path)) for path in images if stem_of(path)[-1:].isdigit()}
         raise InputError(
             f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
         )
@@ -165,8 +178,10 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at {folder}")
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+    paths = [path for path in folder.iterdir() if suffix_of(path) in SUFFIXES and path.name[0] != "."]
     images = sorted((path for path in paths if path.is_file()), key=lambda path: natural(path.name))
+    for path in images:
+        remember_source(path)
     _keyed(images, "stem")  # results are called by it
     return images
 
@@ -178,10 +193,10 @@ def _keyed(images: list[Path], by: str) -> dict[Hashable, Path]:
     found: dict[Hashable, Path] = {}
     for path in images:
         if by in ("stem", "number"):
-            key = path.stem if by == "stem" else tuple(map(int, re.findall("[0-9]+", path.stem)))
+            key = stem_of(path) if by == "stem" else tuple(map(int, re.findall("[0-9]+", stem_of(path))))
         else:
             try:
-                match = re.search(by, path.stem)
+                match = re.search(by, stem_of(path))
             except re.error as error:
                 raise InputError(
                     f"--pair-by {by} is none of stem, number, order or a regular expression ({error})"
@@ -196,7 +211,7 @@ def _keyed(images: list[Path], by: str) -> dict[Hashable, Path]:
 
 def _match(vis: dict[Hashable, Path], ir: dict[Hashable, Path]) -> PairList:
     """In the order of the visible images."""
-    pairs = tuple(Pair(path.stem, path, ir[key]) for key, path in vis.items() if key in ir)
+    pairs = tuple(Pair(stem_of(path), path, ir[key]) for key, path in vis.items() if key in ir)
     only = [tuple(path.name for key, path in one.items() if key not in other) for one, other in ((vis, ir), (ir, vis))]
     return PairList(pairs, *only)
 
@@ -237,7 +252,7 @@ def modalities_in(folder: Path, parts: tuple[str, ...] = PARTS) -> list[tuple[Pa
 
 
 def _parts_of(vis: Path, ir: Path) -> list[tuple[Path, Path]]:
-    if any(path.suffix.lower() in SUFFIXES for path in vis.iterdir()):
+    if any(suffix_of(path) in SUFFIXES for path in vis.iterdir()):
         return []
     return [(first, second) for part in PARTS for first in _called((part,), vis) for second in _called((part,), ir)]
 
@@ -298,15 +313,16 @@ class TestSet:
     found: PairList
 
 
-def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
-    """The sets to run. Sets that were asked for must exist; absent default sets give way to the bundled ones."""
+def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None = None) -> list[TestSet]:
+    """The sets to run, and how they are read. Sets that were asked for must exist; absent default sets give way to the
+    bundled ones. `memory` as of `read_as`."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1")
     if args.vi or args.ir:
         if not (args.vi and args.ir) or args.data or args.sets or args.stems:
             raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
         above = [part for part in args.vi.absolute().parts[1:] if part.lower() not in PARTS][:-1]
-        sets = [open_set(above[-1] if above else "set", args.vi, args.ir, args.pair_by)]
+        sets = [open_set(above[-1] if above else "set", args.vi, args.ir, args)]
     elif args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
         if not args.data:
             raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")
@@ -314,8 +330,9 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark) -> list[TestSet]:
         sets = [TestSet(folder.resolve().name, *args.stems, list_flat_pairs(folder, *args.stems)) for folder in folders]
     else:
         folders = find_set_folders(args, benchmark)
-        sets = [open_set(folder.resolve().name, *find_modalities(folder), args.pair_by) for folder in folders]
+        sets = [open_set(folder.resolve().name, *find_modalities(folder), args) for folder in folders]
     for number, test_set in enumerate(sets):
+        test_set = sets[number] = dataclasses.replace(test_set, found=read_as(test_set.found, args, memory))
         test_set.found.check_usable()
         if args.limit:  # under another name, so that the results do not take the place of those of the whole set
             first = dataclasses.replace(test_set.found, pairs=test_set.found.pairs[: args.limit])
@@ -339,6 +356,59 @@ def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Pat
     return [root / name for name in present] or [in_checkout("test_img", name) for name in benchmark.samples]
 
 
-def open_set(name: str, vis: Path, ir: Path, by: str = "stem") -> TestSet:
-    refuse_one_source(vis, ir)
-    return TestSet(name, *role_names(vis, ir), list_pairs(vis, ir, by))
+def open_set(name: str, vis: Path, ir: Path, args: argparse.Namespace) -> TestSet:
+    if not args.ir_from_alpha:
+        refuse_one_source(vis, ir)
+    return TestSet(name, *role_names(vis, ir), list_pairs(vis, ir, args.pair_by))
+
+
+def read_as(found: PairList, args: argparse.Namespace, memory: int | None = None) -> PairList:
+    """The pairs, with how their files are read.
+
+    Args:
+        found: pairs of files; with --slice all, those of volumes become a pair for each slice.
+        args: has the options of `utils.data.readers.add_reading_options`.
+        memory: bytes that the process may have.
+
+    Raises:
+        InputError: an option has no such value, two volumes differ in the number of their slices, or what "auto"
+            means cannot be found out.
+    """
+    vis_reading, ir_reading = readings_of(args, memory)
+    pairs = [pair._replace(vis_reading=vis_reading, ir_reading=ir_reading) for pair in found.pairs]
+    if args.slice == "all":
+        pairs = [slice_pair for pair in pairs for slice_pair in _slices(pair)]
+    for side in ("vis", "ir"):
+        field = f"{side}_reading"
+        reading: Reading = getattr(pairs[0], field)
+        if reading.range == "auto":
+            chosen = auto_range(reading, _all_values(pairs, side), str(getattr(pairs[0], side).parent))
+            readings = [dataclasses.replace(getattr(pair, field), range=chosen) for pair in pairs]
+            pairs = [pair._replace(**{field: each}) for pair, each in zip(pairs, readings, strict=True)]
+    return dataclasses.replace(found, pairs=tuple(pairs))
+
+
+def _slices(pair: Pair) -> list[Pair]:
+    counts = pages_in(pair.vis), pages_in(pair.ir)
+    if counts[0] != counts[1]:
+        raise InputError(f"--slice all: {pair.vis} holds {counts[0]} slices and {pair.ir} holds {counts[1]}")
+    if counts[0] == 1:
+        return [pair]
+    return [
+        Pair(
+            f"{pair.name}_{page:0{len(str(counts[0]))}d}",
+            pair.vis,
+            pair.ir,
+            dataclasses.replace(pair.vis_reading, page=page),
+            dataclasses.replace(pair.ir_reading, page=page),
+        )
+        for page in range(1, counts[0] + 1)
+    ]
+
+
+def _all_values(pairs: list[Pair], side: str) -> Iterator[np.ndarray]:
+    for pair in pairs:
+        try:
+            yield values_in(getattr(pair, side), getattr(pair, f"{side}_reading"))
+        except (InputError, OSError):
+            continue  # it is named where it is read to be used

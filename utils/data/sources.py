@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.common import InputError
-from utils.data.images import grey_of_frame, is_coloured, read_colour, read_grey
+from utils.data.images import colour_of_pixels, grey_of_pixels, is_coloured
+from utils.data.readers import PLAIN, Reading, Values, decode, levels_of
 from utils.data.registration import coverage, resize, warp
 
 
@@ -36,20 +37,23 @@ class Source(NamedTuple):
         return self.grey if self.colour is None else self.colour
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, reading: Reading = PLAIN) -> Source:
     """Reads an image file.
 
     Raises:
         FileNotFoundError, InputError: as `utils.data.images.read_grey`.
     """
-    colour = read_colour(path)
-    return Source(str(path), read_grey(path), colour if is_coloured(colour) else None)
+    return _source(str(path), decode(path, reading))
 
 
-def frame_source(name: str, bgr: np.ndarray) -> Source:
-    """A frame as OpenCV decodes it: uint8 (H, W, 3), blue first."""
-    colour = bgr[..., ::-1].astype(np.float32)
-    return Source(name, grey_of_frame(bgr), colour if is_coloured(colour) else None)
+def frame_source(name: str, frame: np.ndarray, reading: Reading = PLAIN) -> Source:
+    """A frame as OpenCV decodes it: uint8 (H, W, 3), blue first, or uint16 (H, W)."""
+    return _source(name, levels_of(name, Values(frame, (0, np.iinfo(frame.dtype).max)), reading))
+
+
+def _source(name: str, pixels: np.ndarray) -> Source:
+    colour = colour_of_pixels(pixels) if pixels.ndim == 3 else None
+    return Source(name, grey_of_pixels(pixels), colour if colour is not None and is_coloured(colour) else None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -17,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.common import InputError, check_writable
+from utils.common import InputError, check_target, check_writable, remember_source
 from utils.data.images import to_uint8, write_image
-from utils.data.pairs import PairList, natural
+from utils.data.pairs import Pair, PairList, natural
+from utils.data.readers import DEEP_FRAMES, PLAIN, Reading, auto_range
 from utils.data.sources import Source, frame_source, read_source
 
 SUFFIXES = frozenset(".avi .mp4 .mkv .mov .m4v .mpg .mpeg .webm .wmv .ts".split())
@@ -55,18 +58,27 @@ class _Frames:
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():
             raise InputError(f"{path} is not a video that OpenCV can read; convert it, for instance to .mp4 or .avi")
+        if self._capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT) == DEEP_FRAMES:  # OpenCV would cut them to 8 bits
+            self._capture.set(cv2.CAP_PROP_CONVERT_RGB, 0)
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.count, self.rate = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)), rate if 0 < rate < 1000 else 0.0
         self.read, self.last = 0, None
 
     def at(self, number: int) -> np.ndarray | None:
-        """Reads on to a frame, counted from 0: uint8 (H, W, 3), blue first; None past the end."""
+        """Reads on to a frame, counted from 0: uint8 (H, W, 3), blue first, or uint16 (H, W); None past the end."""
         while self.read <= number:
             there, frame = self._capture.read()
             if not there:
                 return None
             self.read, self.last = self.read + 1, frame
         return self.last
+
+
+def iter_frames(path: Path) -> Iterator[np.ndarray]:
+    """Every frame of a video, as `_Frames.at` gives it."""
+    frames = _Frames(path)
+    while (frame := frames.at(frames.read)) is not None:
+        yield frame
 
 
 class VideoPair:
@@ -77,6 +89,7 @@ class VideoPair:
     Args:
         vis, ir: the files.
         offset: seconds by which the infrared video began later; visible frames before its first one are left out.
+        readings: how the values of the two are read.
 
     Attributes:
         count: pairs, as far as the files say; None where they do not.
@@ -88,9 +101,15 @@ class VideoPair:
         InputError: a file is not a video that OpenCV can read; or does not say its rate, and there is an offset.
     """
 
-    def __init__(self, vis: Path, ir: Path, offset: float = 0.0) -> None:
+    def __init__(self, vis: Path, ir: Path, offset: float = 0.0, readings: Sequence[Reading] = (PLAIN, PLAIN)) -> None:
         self.paths, self.offset, self.rest = (vis, ir), offset, ""
+        self._readings = [
+            replace(how, range=auto_range(how, iter_frames(path), str(path))) if how.range == "auto" else how
+            for path, how in zip(self.paths, readings, strict=True)
+        ]
         frames = [_Frames(path) for path in self.paths]
+        for path in self.paths:
+            remember_source(path)
         counts, rates = ([getattr(each, name) for each in frames] for name in ("count", "rate"))
         self.rate = rates[0] or None
         if offset and not all(rates):
@@ -111,7 +130,7 @@ class VideoPair:
             if any(frame is None for frame in frames):
                 break
             names = [f"{path}, frame {each.read}" for path, each in zip(self.paths, both, strict=True)]
-            sources = tuple(map(frame_source, names, frames))
+            sources = tuple(map(frame_source, names, frames, self._readings))
             yield f"{number + 1:06d}", lambda sources=sources: sources
         done = number - self._first
         if self.count and done < 0.98 * self.count:  # the count in a file is an estimate
@@ -138,7 +157,11 @@ class SequencePair:
 
     def __iter__(self) -> Iterator[tuple[str, Load]]:
         for pair in self.pairs:
-            yield pair.name, lambda pair=pair: (read_source(pair.vis), read_source(pair.ir))
+            yield pair.name, partial(_read_pair, pair)
+
+
+def _read_pair(pair: Pair) -> tuple[Source, Source]:
+    return read_source(pair.vis, pair.vis_reading), read_source(pair.ir, pair.ir_reading)
 
 
 class VideoFile:
@@ -164,6 +187,8 @@ class VideoFile:
         self.path, self.rate = path, rate
         check_video_name(path)
         self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        for target in (path, self.partial):
+            check_target(target)
         self.written, self.padded, self.codec = 0, False, ""
         self._writer: cv2.VideoWriter | None = None
         self._last: np.ndarray | None = None
@@ -286,7 +311,7 @@ class RunningRange:
     def __init__(self, frames: float) -> None:
         self.kept = math.exp(-1 / frames) if frames > 0 else 0.0
         self.low = self.high = math.nan
-        self.mean_alone = math.nan  # what the mean of the last frame, in [0, 255], were if normalised alone
+        self.mean_alone = 0.0  # what the mean of the last frame, in [0, 255], were if normalised alone
 
     def __call__(self, fused: Tensor) -> Tensor:
         """One frame as the system gives it, (1, 1, H, W) -> the same in [0, 1]."""

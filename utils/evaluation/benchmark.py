@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from utils.common import (
+    BAD_PAIR,
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
     InputError,
@@ -29,12 +30,15 @@ from utils.common import (
     file_sha256,
     git_commit,
     in_checkout,
+    lock_run_dir,
     progress,
+    remember_source,
 )
 from utils.data.degradation import degrade_pair
 from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_colour, write_image
 from utils.data.manifests import SHOWN, list_digest, pair_digest
 from utils.data.pairs import Benchmark, Pair, TestSet, add_pair_option, find_sets
+from utils.data.readers import add_reading_options
 from utils.evaluation.folders import BASELINES, baseline_labels
 from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 from utils.inference.fusing import (
@@ -112,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--legacy-rounding", action="store_true",
         help="truncate to 8 bits when writing, as published by FSIDFusion and MLFuse, instead of rounding")  # fmt: skip
     add("--colour", action="store_true", help="where a source has colour, write the fused image in it too, to colour/")
+    add_reading_options(parser)
     add_inference_options(parser)
     add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
     add("--debug", action="store_true", help="show tracebacks")
@@ -125,7 +130,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     columns = choose_columns(args.columns) if args.columns else systems[0].columns
     if args.degrade is not None and args.degrade < 0:
         raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
-    test_sets = find_sets(args, benchmark)
+    test_sets = find_sets(args, benchmark, args.max_memory if device.type == "cpu" else None)
     methods = [load_method(path, system, device, args.skip, benchmark.task)
                for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
     refuse_repeated("--weights", "files", [method.stem for method in methods])
@@ -142,23 +147,26 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
             # Degraded sources have a folder of their own: they do not take the place of the others.
             degraded = "" if args.degrade is None else f"_degraded_{args.degrade}"
             folder = args.out / method.stem / f"{test_set.name}{degraded}"
-            remove_old_metrics(folder, method)
-            started = time.perf_counter()
-            sheet = fuse_set(method, test_set, folder, args)
-            incomplete |= len(sheet.images) < len(test_set.found.pairs)
-            if not sheet.images:
-                print(f"warning: no pair of {test_set.name} was scored with {method.weights}", file=sys.stderr)
-                continue
-            facts = {
-                "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
-                "system": method.model.label, "weights": str(method.weights),
-                "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
-                "stretch": method.model.is_stretched(args.stretch), "legacy_rounding": args.legacy_rounding,
-                "degrade": args.degrade, "device": str(device), "precision": args.precision,
-                "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
-                "numpy": np.__version__, "commit": commit, "images": sheet.digest,
-            }  # fmt: skip
-            sheet.write(folder, facts)
+            with lock_run_dir(folder):
+                remove_old_metrics(folder, method)
+                started = time.perf_counter()
+                sheet = fuse_set(method, test_set, folder, args)
+                incomplete |= len(sheet.images) < len(test_set.found.pairs)
+                if not sheet.images:
+                    print(f"warning: no pair of {test_set.name} was scored with {method.weights}", file=sys.stderr)
+                    continue
+                first = test_set.found.pairs[0]
+                facts = {
+                    "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
+                    "vi_range": first.vis_reading.range, "ir_range": first.ir_reading.range,
+                    "system": method.model.label, "weights": str(method.weights),
+                    "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
+                    "stretch": method.model.is_stretched(args.stretch), "legacy_rounding": args.legacy_rounding,
+                    "degrade": args.degrade, "device": str(device), "precision": args.precision,
+                    "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
+                    "numpy": np.__version__, "commit": commit, "images": sheet.digest,
+                }  # fmt: skip
+                sheet.write(folder, facts)
             sheets.append(sheet)
             written.append(args.out / method.stem)
         if sheets:
@@ -214,6 +222,7 @@ def refuse_repeated(option: str, what: str, names: list[str]) -> None:
 def load_method(path: Path, system: type, device: torch.device, skip: str | None, task: str) -> Method:
     model, skip = load_system(system, path, task, skip, device)
     sha256 = file_sha256(path)
+    remember_source(path)
     return Method(model, path, model.row_label(task, path.stem), skip, sha256)
 
 
@@ -256,7 +265,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             fate = "fused, but not scored"
             images[pair.name] = score(read_grey(path), given.ir, given.vis, args.protocol)
             digests.append(pair_digest(given.vis, given.ir))
-        except (ValueError, OSError, RuntimeError) as error:
+        except BAD_PAIR as error:
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
@@ -270,7 +279,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                     normalise=method.model.is_stretched(args.stretch), precision=args.precision,
                     max_memory=args.max_memory, scratch=args.scratch,
                 )  # fmt: skip
-            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+            except BAD_PAIR as error:
                 left_out(f"{test_set.name}/{pair.name}", error, args)
                 continue
             finishing.append(writer.submit(write_and_score, pair, given, fused))
@@ -285,11 +294,13 @@ def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = 
     """Names a bad pair, with what becomes of it; raises the error where the run cannot go on, or for --debug."""
     if args.debug or getattr(error, "errno", None) in HOPELESS:
         raise error
-    tqdm.write(f"warning: {name}: {str(error).splitlines()[0]}; {fate}", file=sys.stderr)
+    reason = (str(error) or "there is not enough memory").splitlines()[0]
+    tqdm.write(f"warning: {name}: {reason}; {fate}", file=sys.stderr)
 
 
 def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
-    sources = [image for image in (read_colour(pair.vis), read_colour(pair.ir)) if is_coloured(image)]
+    images = read_colour(pair.vis, pair.vis_reading), read_colour(pair.ir, pair.ir_reading)
+    sources = [image for image in images if is_coloured(image)]
     if sources:
         write_colour(path, with_colour_of(fused, *sources))
 
@@ -306,7 +317,7 @@ def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Give
     vis, ir = pair.read()
     if not (colour or degrade):
         return Given(vis, ir, vis, ir)
-    shown = read_colour(pair.vis)
+    shown = read_colour(pair.vis, pair.vis_reading)
     coloured = is_coloured(shown)
     vis_to_fuse, ir_to_fuse = shown if coloured else vis, ir
     if degrade:
@@ -337,7 +348,7 @@ def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreS
         try:
             vis, ir = pair.read()
             scores = {name: score(BASELINES[kind](vis, ir), ir, vis, protocol) for name, kind in labels.items()}
-        except (ValueError, OSError):
+        except BAD_PAIR:
             continue  # fuse_set has named it
         for name in labels:
             sheets[name][pair.name] = scores[name]

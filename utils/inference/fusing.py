@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,11 @@ def stretch(image: Tensor) -> Tensor:
     return torch.where(high > low, (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny), image)
 
 
+@functools.cache
+def note_once(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def fuse_arrays(
     model: Any,
     vis: np.ndarray,
@@ -158,7 +164,8 @@ def fuse_arrays(
         vis: visible or MRI, (H, W) in [0, 255]; also (H, W, 3), red first, where the system takes colour.
         ir: infrared, CT, PET or SPECT, (H, W).
         skip: what the decoder is given; one of `model.skips`.
-        normalise: stretch the result to the full range; without it, values beyond the range are clipped. Or a
+        normalise: min-max normalisation of the result, unless both sources are constant: that would blow up what a
+            network makes of nothing. Without it, values beyond the range are clipped. Or a
             function of the system's image (1, 1, H, W) that does it in another way: `utils.data.video.RunningRange`.
         precision: "float32", or "bfloat16" for autocast: faster and coarser.
         max_memory: bytes; on a CPU of the whole process, on a GPU of the device's memory. None: what is free.
@@ -173,6 +180,9 @@ def fuse_arrays(
     """
     if min(ir.shape) < model.smallest_side:
         raise InputError(f"{model.label} needs sides of at least {model.smallest_side} pixels, got {ir.shape}")
+    if normalise and all(image.min() == image.max() for image in (vis, ir)):
+        note_once("both sources are constant, so the fused image was not normalised")
+        normalise = False
     device = next(model.parameters()).device
     if max_memory and device.type == "cpu":
         give_back_freed_memory()
@@ -292,6 +302,8 @@ def load_system(
 class Fuser(nn.Module):
     """A system with everything decided: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused, the same.
 
+    Raises ValueError where an image has values outside [0, 1]: levels of 255 would fuse into something, too.
+
     Attributes:
         system: the system of the zoo.
         weights: the file it has its weights from.
@@ -304,6 +316,11 @@ class Fuser(nn.Module):
         self.system, self.weights, self.skip, self.stretched = system, weights, skip, stretched
 
     def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
+        if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+            for name, image in (("vis", vis), ("ir", ir)):
+                low, high = (float(value) for value in image.aminmax())
+                if not -1e-4 < low <= high < 1 + 1e-4:
+                    raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}")
         in_strips = vis.device.type == "cpu" and not self.training and not torch.compiler.is_exporting()
         with net.strips(CPU_PIECE_PIXELS if in_strips else 0):
             fused = self.system.fuse(vis, ir, self.skip)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import net
-from utils.common import InputError, free_memory
+from utils.common import InputError, free_memory, resident_memory
 
 # Pieces of so many pixels are fastest: on a CPU because a piece stays in the cache, on a GPU because few are needed.
 CPU_PIECE_PIXELS = 16384
@@ -60,14 +60,6 @@ def format_size(size: float) -> str:
     '1.54 GB'
     """
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process has now; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
 
 
 def memory_left() -> int:
