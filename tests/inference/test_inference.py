@@ -100,3 +100,13 @@ def test_operations_of_the_benchmark_are_those_that_torch_counts(model):
         model.fuse(torch.rand(1, 1, 96, 96), torch.rand(1, 1, 96, 96))
     # torch counts no squares, but q k^T between heads as well, and composing the base convolutions.
     assert operations_per_pixel(model) * 96 * 96 == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+@pytest.mark.parametrize("bad", [torch.full((1, 1, 8, 8), 255.0), torch.full((1, 1, 8, 8), float("nan"))])
+def test_a_fuser_refuses_what_is_not_in_its_range(model, bad):
+    fuser, good = fusing.Fuser(model, None, "vis").eval(), torch.rand(1, 1, 8, 8)
+    with torch.no_grad():
+        assert fuser(good, good).shape == good.shape
+        for pair, name in (((bad, good), "vis"), ((good, bad), "ir")):
+            with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\]"):
+                fuser(*pair)
