@@ -23,6 +23,8 @@ from utils.data.images import read_grey
 from utils.inference.fusing import Fuser, to_levels, to_network
 from zoo import find_system
 
+pytestmark = pytest.mark.slow  # tracing takes half a minute
+
 
 def make_system(name):
     torch.manual_seed(5)
