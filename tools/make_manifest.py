@@ -1,6 +1,6 @@
-"""Writes the manifest of a set: names and digests of its images, which `evaluate.py --verify-data` compares with.
+"""Writes the manifest of a set: names and hashes of its images, which `evaluate.py --verify-data` compares with.
 
-python -m tools.make_manifest test_img/TNO               # writes manifests/TNO.json
+python -m tools.make_manifest test_img/TNO               # writes results/manifests/TNO.json
 python -m tools.make_manifest my_set --out my_set.json
 """
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "sets", type=Path, nargs="+", metavar="SET", help="folder with vi/ and ir/, or MRI/ and CT/ ..."
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: manifests/<name of the folder>.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/manifests/<name of the folder>.json")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_script(run, parser.parse_args(argv))
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out names one file, but {len(args.sets)} sets were given; run once for each")
     for folder in args.sets:
         manifest = make_manifest(folder)
-        path = args.out or in_checkout("manifests", f"{manifest['set']}.json")
+        path = args.out or in_checkout("results", "manifests", f"{manifest['set']}.json")
         if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("images") != manifest["images"]:
             raise InputError(f"{path} lists other images than {folder}; choose another name with --out, or remove it")
         write_manifest(path, manifest)

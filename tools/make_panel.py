@@ -1,4 +1,4 @@
-"""Draws docs/samples.png: bundled sample pairs, their base and detail features, and what the weights make of them.
+"""Draws docs/samples.png: the bundled sample pairs, their base and detail features, and what the weights make of them.
 
 python -m tools.make_panel
 """
@@ -6,22 +6,23 @@ python -m tools.make_panel
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import numpy as np
+import torch
 
-from utils.common import in_checkout, run_script
-from utils.data.images import one_below_another, to_uint8, write_grey
+from utils.common import in_checkout, run_script, whole_file
+from utils.data.images import read_colour, to_uint8, with_colour_of
 from utils.data.pairs import find_modalities, list_pairs
-from utils.data.patches import HeldOut
-from utils.training.monitor import draw_panel
+from utils.inference.fusing import load_fuser, to_levels, to_network
+from utils.training.monitor import feature_maps
 from zoo.cddfuse import CDDFuseSystem
 
 SETS = {"ivf": ("Sample_IVF",), "mif": ("Sample_MRI_CT", "Sample_MRI_PET")}
-PAIRS = 3  # of each task
-WIDTH = 1200  # pixels of the drawing
+COLUMNS = ("visible, MRI", "infrared, CT, PET", "base of 1st", "base of 2nd", "detail of 1st", "detail of 2nd", "fused")
+WIDTH, GAP, HEADING = 140, 4, 22  # pixels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,19 +33,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(args: argparse.Namespace) -> int:
-    panels = []
+    rows = [heading()]
     for task, sets in SETS.items():
-        model = CDDFuseSystem().eval()
-        model.load_published(in_checkout("models", f"CDDFuse_{task.upper()}.pth"))
-        pairs = [pair for name in sets for pair in list_pairs(*find_modalities(in_checkout("test_img", name))).pairs]
-        held_out = [HeldOut(pair.name, *map(to_uint8, pair.read())) for pair in pairs[:PAIRS]]
-        panels.append(draw_panel(model, task, held_out))
-    drawn = one_below_another(panels)
-    size = (WIDTH, round(drawn.shape[0] * WIDTH / drawn.shape[1]))
-    write_grey(args.out, cv2.resize(drawn, size, interpolation=cv2.INTER_AREA))
-    print(f"{args.out}: columns are visible or MRI, infrared or CT/PET, base and detail features of each, fused")
+        fuser = load_fuser(CDDFuseSystem, task)
+        for name in sets:
+            for pair in list_pairs(*find_modalities(in_checkout("test_img", name))).pairs:
+                vis, ir = pair.read()
+                colours = [read_colour(path) for path in (pair.vis, pair.ir)]
+                with torch.inference_mode():
+                    fused = to_levels(fuser(to_network(vis), to_network(ir)))
+                maps = feature_maps(fuser.system, vis, ir)
+                features = [maps[key] for key in ("base vis", "base ir", "detail vis", "detail ir")]
+                rows.append(row([*colours, *features, with_colour_of(fused, *colours)]))
+    with whole_file(args.out) as temporary:
+        cv2.imwrite(str(temporary), np.concatenate(rows)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    print(args.out)
     return 0
 
 
+def heading() -> np.ndarray:
+    canvas = np.full((HEADING, len(COLUMNS) * (WIDTH + GAP), 3), 255, np.uint8)
+    for i, text in enumerate(COLUMNS):
+        cv2.putText(canvas, text, (i * (WIDTH + GAP) + 2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return canvas
+
+
+def row(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one size, grey or in colour, beside each other in equal widths: uint8 (H, W, 3)."""
+    size = (WIDTH, round(images[0].shape[0] * WIDTH / images[0].shape[1]))
+    cells = []
+    for image in images:
+        colour = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+        cell = cv2.resize(to_uint8(colour), size, interpolation=cv2.INTER_AREA)
+        cells.append(cv2.copyMakeBorder(cell, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
+    return np.concatenate(cells, axis=1)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -19,7 +19,7 @@ A system is a class that is an `nn.Module` and has
 
 What most of them do alike is in `System`. It may also have
 
-- `published`: task -> names of the published files that tools/download.py fetches, as for `weights`;
+- `published`: task -> names of the published files in published/models/, as for `weights`;
 - `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
   published code; the first one is the default, "published" where there is none;
 - `published_recipe`: whether "published" is among its recipes even where `recipes` does not name it;

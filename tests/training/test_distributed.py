@@ -64,6 +64,7 @@ def losses(out):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one(optimizer, patch_file, tmp_path, port):
     # The first process validates while the other waits, in the middle and after the last epoch.
     common = ("--epoch-batches", "2", "--flips", "--validate-every", "2", "--optimizer", optimizer)
@@ -84,6 +85,7 @@ def test_two_processes_have_the_loss_curve_of_one(optimizer, patch_file, tmp_pat
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_run_of_two_processes_is_gone_on_with_by_one(patch_file, tmp_path, port):
     options = ("--max-minutes", "1e-6")
     codes, outputs = train(patch_file, tmp_path / "run", *options, processes=2, port=port)

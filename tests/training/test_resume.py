@@ -60,6 +60,7 @@ def child(argv):
     raise SystemExit(train.main(argv))
 
 
+@pytest.mark.slow
 def test_run_killed_twenty_times_ends_bit_for_bit_like_the_straight_one(patch_file, tmp_path):
     # A server that has torch loaded forks each of the runs: a start costs nothing then.
     context = multiprocessing.get_context("forkserver")

@@ -166,6 +166,7 @@ def test_what_a_failed_step_held_is_free_when_a_batch_that_fits_is_looked_for(
     assert "advice" in capsys.readouterr().err and held == [None]
 
 
+@pytest.mark.slow
 def test_step_is_compiled_as_one_graph(patch_file, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     assert run(patch_file, tmp_path / "run", "--compile", "--epoch-batches", "1") == 0

@@ -69,7 +69,7 @@ class Method:
     @property
     def stem(self) -> str:
         """The name of its results. The published files have the names of ours."""
-        fetched = self.weights.resolve().parent == in_checkout("models", PUBLISHED).resolve()
+        fetched = self.weights.resolve().parent == in_checkout(PUBLISHED, "models").resolve()
         return self.weights.stem + (f"_{PUBLISHED}" if fetched else "")
 
 
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--pairs", choices=("folders", "flat"), help=argparse.SUPPRESS)  # older commands; --stems says it all
     add("--limit", type=int, metavar="N", help="a quick look: the first N pairs of each set")
     add("--weights", type=Path, nargs="+", metavar="FILE",
-        help="files, or published: those of `python -m tools.download weights` (default: those in models/ for the "
+        help="files, or published: those in published/models/, once it is cloned (default: those in models/ for the "
         "system and the task); for several systems one each, in their order")  # fmt: skip
     add("--out", type=Path, default=Path("test_result"), metavar="DIR", help="default: test_result")
     add("--skip", help=SKIP_HELP)

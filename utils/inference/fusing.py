@@ -30,7 +30,8 @@ from utils.inference.memory import (
 from utils.training.distributed import local_device
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PUBLISHED = "published"  # for --weights; and the folder in models/ that tools/download.py fetches them to
+PUBLISHED = "published"  # for --weights; and the folder in this checkout that the published repository is cloned into
+PUBLISHED_REPOSITORY = "https://github.com/Zhaozixiang1228/MMIF-CDDFuse"
 
 SKIP_HELP = (
     "image that the decoder is given: vis, sum or none; for tsdm how it pads: published or minimal "
@@ -252,10 +253,10 @@ def find_weights(system: type, task: str, given: Path | str | None = None) -> li
     Args:
         system: a class of the zoo.
         task: "ivf" or "mif".
-        given: a file; the word "published" for those that tools/download.py fetches; None for those in models/.
+        given: a file; the word "published" for those in published/models/; None for those in models/.
 
     Raises:
-        InputError: there are none of the system, or the published ones have not been fetched yet.
+        InputError: there are none of the system, or the published repository has not been cloned.
     """
     if given is None:
         return system.bundled_weights(task)
@@ -264,10 +265,11 @@ def find_weights(system: type, task: str, given: Path | str | None = None) -> li
     names = getattr(system, "published", {}).get(task)
     if not names:
         raise InputError(f"where the published weights of {system.label} lie is not recorded; name a file of them")
-    paths = [in_checkout("models", PUBLISHED, name) for name in names]
+    paths = [in_checkout(PUBLISHED, "models", name) for name in names]
     absent = next((path for path in paths if not path.is_file()), None)
     if absent:
-        raise InputError(f"no published weights at {absent}; run `python -m tools.download weights`")
+        clone = f"git clone --depth 1 {PUBLISHED_REPOSITORY} {in_checkout(PUBLISHED)}"
+        raise InputError(f"no published weights at {absent}; run `{clone}`")
     return paths
 
 

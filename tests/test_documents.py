@@ -1,0 +1,118 @@
+"""README and docs: commands that their scripts accept, snippets that run, links that lead somewhere, equal numbers."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from utils.common import ROOT
+from utils.inference import fusing
+from zoo import find_system
+
+PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def commands() -> list[str]:
+    """Every `python SCRIPT.py ...` and `python -m tools.NAME ...` of the pages, without comments."""
+    text = "\n".join(block for page in PAGES for block in blocks(page, "bash")).replace("\\\n", " ")
+    lines = [part.strip() for line in text.splitlines() for part in re.sub(r"(^|\s)#\s.*", "", line).split("&&")]
+    return sorted({line for line in lines if re.match(r"python (\w+\.py|-m (tools|benchmarks)\.\w+)", line)})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_options_of_each_command_are_accepted(command, monkeypatch):
+    class Accepted(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *arguments):
+        parse(parser, *arguments)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    words = shlex.split(command)[1:]
+    module, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+    with pytest.raises(Accepted):
+        importlib.import_module(module).main(arguments)
+
+
+# The Chinese page has the snippets of the English one; tests/tools/test_export.py runs that of deployment.md.
+OTHERS = ("README.zh-CN.md", "deployment.md")
+SNIPPETS = {block: page.name for page in PAGES if page.name not in OTHERS for block in blocks(page, "python")}
+
+
+@pytest.mark.parametrize("block", SNIPPETS, ids=SNIPPETS.values())
+def test_python_in_the_pages_runs(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(block.replace("path/to/this/checkout", str(ROOT)), "snippet", "exec"), names)
+    if "fused" in names:
+        assert names["fused"].isfinite().all()
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, place = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if place:
+            assert place in map(anchor, re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M)), link
+
+
+def rows_of_ours(page: Path) -> list[tuple[str, dict[str, float]]]:
+    """Rows of a page's tables that say "ours" for a set of results/: the set and the values by metric."""
+    found, header, of = [], [], ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip(" *") for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if "EN" in cells:
+            header = cells
+        elif len(cells) == len(header) > 0:
+            of = cells[0] or of  # a set is named once, in the first of its rows
+            name = re.fullmatch(r"(\w+)( \(\d+\))?", of)
+            if name and "ours" in cells[1] and (ROOT / "results" / f"{name[1]}.csv").is_file():
+                values = {key: float(cell) for key, cell in zip(header, cells, strict=True) if re.match(r"-?\d", cell)}
+                found.append((name[1], values))
+        else:
+            header = []
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "models" / "MODEL_CARD.md"], ids=lambda page: page.name)
+def test_tables_have_the_numbers_of_the_results_files(page):
+    for name, values in rows_of_ours(page):
+        rows = list(csv.DictReader((ROOT / "results" / f"{name}.csv").open()))
+        rows = [row for row in rows if row["protocol"] == "paper" and "(ours" in row["method"]]
+        differing = [
+            {f"{row['method']} {key}": (value, row[key]) for key, value in values.items()
+             if not row[key] or abs(float(row[key]) - value) > 0.00501}
+            for row in rows
+        ]  # fmt: skip
+        assert {} in differing, f"{page.name}, {name}: (page, results) of the nearest row: {min(differing, key=len)}"
+
+
+def test_published_weights_are_those_of_the_clone_and_the_error_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(fusing, "in_checkout", tmp_path.joinpath)
+    with pytest.raises(fusing.InputError, match="git clone --depth 1 https://github.com/Zhaozixiang1228/MMIF-CDDFuse "):
+        fusing.find_weights(find_system("cddfuse"), "mif", "published")
+    (tmp_path / "published/models").mkdir(parents=True)
+    for name in ("CDDFuse_IVF.pth", "CDDFuse_MIF.pth"):
+        (tmp_path / "published/models" / name).touch()
+    found = fusing.find_weights(find_system("cddfuse"), "mif", "published")
+    assert found[-1] == tmp_path / "published/models/CDDFuse_MIF.pth"
