@@ -11,7 +11,8 @@ import torch
 
 import net
 from utils.common import InputError
-from utils.inference.checkpoint import load_checkpoint, read_file, save_checkpoint
+from utils.inference.checkpoint import load_checkpoint, load_fitting, read_file, save_checkpoint
+from zoo.fsidfusion import FSIDFusion
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +201,18 @@ def test_published_style_file_at_hand_loads(fusion_data):
     if not path.is_file():
         pytest.skip(f"no file at {path}")
     assert load_checkpoint(path, net.CDDFuse()) == {}
+
+
+def test_parts_that_fit_are_taken_from_a_file_of_another_system(model, tmp_path):
+    save_checkpoint(tmp_path / "cddfuse.pth", model)
+    other = FSIDFusion()
+    before = {key: value.clone() for key, value in other.encoder.state_dict().items()}
+    line = load_fitting(tmp_path / "cddfuse.pth", other)
+    assert "DIDF_Decoder 47" in line and "SepcificFuseLayer 0" in line
+    for key, value in model.decoder.state_dict().items():
+        assert torch.equal(value, other.decoder.state_dict()[key])
+    for key, value in other.encoder.state_dict().items():  # what both encoders hold: the shallow part
+        assert torch.equal(value, model.encoder.state_dict().get(key, before[key]))
+    torch.save({"DIDF_Encoder": {"weight": torch.ones(1)}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="nothing of that fits"):
+        load_fitting(tmp_path / "other.pth", other)

@@ -62,6 +62,36 @@ def load_checkpoint(path: Path | str, model: nn.Module, map_location: str | torc
     return dict(about) if isinstance(about, dict) else {}
 
 
+def load_fitting(path: Path | str, model: nn.Module) -> str:
+    """Loads what fits of a file, for a training that begins with parts of another network; the rest stays.
+
+    Args:
+        path: as for `load_checkpoint`.
+        model: as for `load_checkpoint`.
+
+    Returns:
+        One line: how many tensors of each network were taken.
+
+    Raises:
+        FileNotFoundError, InputError: as `read_file`; or nothing fits.
+    """
+    path = Path(path)
+    content = read_file(path)
+    taken: dict[str, StateDict] = {}
+    for name, attribute in model.published_networks.items():
+        state = next((value for key, value in content.items() if _ALIASES.get(key, key) == name), {})
+        state = {str(key).removeprefix(_PREFIX): value for key, value in dict(state).items()}
+        wanted = getattr(model, attribute).state_dict()
+        fits = [key for key in wanted if isinstance(state.get(key), Tensor) and state[key].shape == wanted[key].shape]
+        taken[name] = {key: state[key] for key in fits}
+    if not any(taken.values()):
+        raise InputError(f"{path} holds {listed(content)}, and nothing of that fits; choose another file for --init")
+    for name, attribute in model.published_networks.items():
+        getattr(model, attribute).load_state_dict(taken[name], strict=False)
+    counts = (f"{name} {len(taken[name])}" for name in model.published_networks)
+    return f"{path}: tensors taken of each network: {', '.join(counts)}"
+
+
 def save_checkpoint(
     path: Path | str, model: nn.Module, about: dict[str, Any] | None = None, *, half: bool = False
 ) -> None:
