@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import net
 from utils.common import InputError
-from utils.inference.checkpoint import ABOUT, save_file, stored
+from utils.inference.checkpoint import save_checkpoint
 from utils.metrics import PAPER_TABLE
 from utils.training.losses import multi_branch_loss
 from zoo import Batch, Stage, System, check_options, option
@@ -372,10 +372,9 @@ class MLFuseSystem(System, nn.Module):
         return [Stage("joint", options.epochs, {"network": self.network}, losses)]
 
     def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
-        """Saves in the published format, `epoch` and `model`, without `module.` prefixes; `half` as elsewhere."""
-        about = about or {}
-        state = {key: stored(value, key, half) for key, value in self.network.state_dict().items()}
-        save_file(path, {"epoch": about.get("epochs", 0), "model": state, ABOUT: about})
+        """Saves in the published format: `epoch` beside the network, and keys without `module.`."""
+        beside = {"epoch": (about or {}).get("epochs", 0)}
+        save_checkpoint(path, self, about, half=half, prefix="", beside=beside)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -1,17 +1,26 @@
-"""Published checkpoint files: every form that is about, and every way in which a file can be bad."""
+"""Files of weights: every form that is about loads, and whatever is bad is refused and changes nothing."""
 
 from __future__ import annotations
 
+import argparse
+import collections
 import io
 import os
+import random
+import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import net
 from utils.common import InputError
-from utils.inference.checkpoint import load_checkpoint, read_file, save_checkpoint
+from utils.inference.checkpoint import load_checkpoint, load_fitting, read_file, save_checkpoint
+from zoo import find_system
+from zoo.fsidfusion import FSIDFusion
 
 
 @pytest.fixture(scope="module")
@@ -20,165 +29,179 @@ def model() -> net.CDDFuse:
     return net.CDDFuse()
 
 
-def published(model: net.CDDFuse, prefix: str = "module.", encoder: str = "DIDF") -> dict:
+class Small(nn.Module):
+    """A model of two networks, quickly read and written."""
+
+    published_networks = {"DIDF_Encoder": "encoder", "BaseFuseLayer": "base_fusion"}
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        self.base_fusion = nn.Linear(3, 2)
+
+
+def published(model: nn.Module, prefix: str = "module.") -> dict[str, dict[str, Tensor]]:
     """What the published code saves."""
-    names = {name.replace("DIDF", encoder): part for name, part in model.published_networks.items()}
     return {
         name: {prefix + key: value.clone() for key, value in getattr(model, part).state_dict().items()}
-        for name, part in names.items()
+        for name, part in model.published_networks.items()
     }
 
 
-def saved(content: object, folder: Path) -> Path:
-    torch.save(content, folder / "weights.pth")
+def saved(content: object, folder: Path, **options: bool) -> Path:
+    torch.save(content, folder / "weights.pth", **options)
     return folder / "weights.pth"
 
 
-def assert_same(a: net.CDDFuse, b: net.CDDFuse) -> None:
-    for key, value in a.state_dict().items():
-        torch.testing.assert_close(b.state_dict()[key], value, rtol=0, atol=0)
+def same(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", ""])
-@pytest.mark.parametrize("encoder", ["DIDF", "CDDF"])
-def test_every_published_form_loads_key_for_key(model, tmp_path, prefix, encoder):
-    other = net.CDDFuse()
-    assert load_checkpoint(saved(published(model, prefix, encoder), tmp_path), other) == {}
-    assert_same(model, other)
+# ---------------------------------------------------------------------------------------------------------
+# Files that load
+# ---------------------------------------------------------------------------------------------------------
+
+
+def renamed(content: dict, names: dict[str, str]) -> dict:
+    return {names.get(name, name): state for name, state in content.items()}
+
+
+FORMS = {
+    "published": lambda model: published(model),
+    "no_prefix": lambda model: published(model, ""),
+    "compiled": lambda model: published(model, "_orig_mod.module."),
+    "later_name": lambda model: renamed(published(model), {"DIDF_Encoder": "CDDF_Encoder"}),
+    "short_name": lambda model: renamed(published(model), {"DIDF_Encoder": "Encoder"}),
+    "attributes": lambda model: {part: getattr(model, part).state_dict() for part in ("encoder", "base_fusion")},
+    "flat": lambda model: model.state_dict(),
+    "parallel": lambda model: nn.DataParallel(model).state_dict(),
+    "compiled_parts": lambda model: {k.replace(".", "._orig_mod.", 1): v for k, v in model.state_dict().items()},
+    "in_state_dict": lambda model: {"state_dict": published(model), "epoch": 3},
+    "flat_in_model": lambda model: {"model": model.state_dict(), "optimizer": {"state": {}}},
+    "double": lambda model: {
+        k: {n: v.double() if v.ndim else v for n, v in s.items()} for k, s in published(model).items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_loads_key_for_key(tmp_path, form):
+    other = Small(1)
+    assert load_checkpoint(saved(FORMS[form](Small()), tmp_path), other) == {}
+    assert same(other, Small().state_dict())
+
+
+def test_file_from_before_torch_1_6_loads(tmp_path):
+    other = Small(1)
+    load_checkpoint(saved(published(Small()), tmp_path, _use_new_zipfile_serialization=False), other)
+    assert same(other, Small().state_dict())
+
+
+def test_whatever_lies_beside_the_networks_is_left_out_and_named_in_one_line(tmp_path, capsys):
+    beside = {
+        "loss_history": [np.float64(0.5), np.arange(3)],
+        "optimizer": torch.optim.Adam(Small().parameters()).state_dict(),
+        "args": argparse.Namespace(out=Path("runs")),
+        "meters": collections.defaultdict(list, loss=collections.deque([1.0])),
+        "whole": nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU()),
+        "epoch": 3,
+    }
+    other = Small(1)
+    load_checkpoint(saved({**published(Small()), **beside, "about": {"task": "mif"}}, tmp_path), other)
+    assert same(other, Small().state_dict())
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "holds beside the weights" in err and "args, epoch, loss_history and 3 more" in err
+    load_checkpoint(saved({**published(Small()), "epoch": 3}, tmp_path), other)
+    assert not capsys.readouterr().err  # as published files have it
 
 
 def test_what_we_save_is_the_published_format(model, tmp_path):
-    save_checkpoint(tmp_path / "weights.pth", model, {"task": "mif"})
-    content = torch.load(tmp_path / "weights.pth", weights_only=True)
-    assert content.pop("about") == {"task": "mif"}
+    about = {"task": "mif", "steps": 3, "learning_rate": 1e-3}
+    save_checkpoint(tmp_path / "new" / "weights.pth", model, about)
+    content = torch.load(tmp_path / "new" / "weights.pth", weights_only=True)
+    assert content.pop("about") == about
     wanted = published(model)
     assert list(content) == list(wanted)
     for name, state in wanted.items():
         assert list(content[name]) == list(state)  # the same keys in the same order
         assert all(value.dtype == torch.float32 for value in content[name].values())
-
-
-def test_code_written_for_the_published_file_loads_our_weights(model, tmp_path):
-    save_checkpoint(tmp_path / "weights.pth", model, {"task": "ivf"})
-    encoder = torch.nn.DataParallel(net.Restormer_Encoder())  # as the published test scripts do
-    encoder.load_state_dict(torch.load(tmp_path / "weights.pth")["DIDF_Encoder"])
-    torch.testing.assert_close(encoder.module.patch_embed.proj.weight, model.encoder.patch_embed.proj.weight)
-
-
-def test_round_trip_keeps_what_is_said_about_the_weights(model, tmp_path):
-    about = {"task": "mif", "steps": 3, "learning_rate": 1e-3}
-    save_checkpoint(tmp_path / "new" / "weights.pth", model, about)
+    encoder = nn.DataParallel(net.Restormer_Encoder())  # as the published test scripts do
+    encoder.load_state_dict(content["DIDF_Encoder"])
     other = net.CDDFuse()
     assert load_checkpoint(tmp_path / "new" / "weights.pth", other) == about
-    assert_same(model, other)
+    assert same(other, model.state_dict())
 
 
-def test_weights_in_double_precision_load_into_a_single_precision_model(model, tmp_path):
-    content = {name: {k: v.double() for k, v in state.items()} for name, state in published(model).items()}
-    other = net.CDDFuse()
-    load_checkpoint(saved(content, tmp_path), other)
-    assert_same(model, other)
+def test_published_style_file_at_hand_loads(fusion_data):
+    path = fusion_data.parent / "golden" / "cddfuse_random.pth"
+    if not path.is_file():
+        pytest.skip(f"no file at {path}")
+    assert load_checkpoint(path, net.CDDFuse()) == {}
 
 
-def test_failed_saving_keeps_the_old_file(model, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "weights.pth", model)
-    before = (tmp_path / "weights.pth").read_bytes()
-
-    def full_disk(*args, **kwargs):
-        Path(args[1]).write_bytes(b"half")
-        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says to a file size limit and to a full disk
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="is the disk full"):
-        save_checkpoint(tmp_path / "weights.pth", model)
-    assert (tmp_path / "weights.pth").read_bytes() == before
-    assert os.listdir(tmp_path) == ["weights.pth"]  # no half file is left behind
-
-
-def old_format(content: dict) -> bytes:
-    """As torch saved before 1.6."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
+def test_parts_that_fit_are_taken_from_a_file_of_another_system(model, tmp_path):
+    save_checkpoint(tmp_path / "cddfuse.pth", model)
+    other = FSIDFusion()
+    before = {key: value.clone() for key, value in other.encoder.state_dict().items()}
+    line = load_fitting(tmp_path / "cddfuse.pth", other)
+    assert "47 of 47 tensors of DIDF_Decoder" in line and "0 of 44 tensors of SepcificFuseLayer" in line
+    for key, value in model.decoder.state_dict().items():
+        assert torch.equal(value, other.decoder.state_dict()[key])
+    for key, value in other.encoder.state_dict().items():  # what both encoders hold: the shallow part
+        assert torch.equal(value, model.encoder.state_dict().get(key, before[key]))
+    with pytest.raises(InputError, match="holds nothing that fits"):
+        load_fitting(saved({"DIDF_Encoder": {"weight": torch.ones(1)}}, tmp_path), other)
 
 
-def test_old_file_format_loads(model, tmp_path):
-    (tmp_path / "old.pth").write_bytes(old_format(published(model)))
-    other = net.CDDFuse()
-    load_checkpoint(tmp_path / "old.pth", other)
-    assert_same(model, other)
+# ---------------------------------------------------------------------------------------------------------
+# Files that do not
+# ---------------------------------------------------------------------------------------------------------
 
 
-class Hostile:
-    """Unpickling it would run a command."""
-
-    def __reduce__(self):
-        return os.mkdir, ("hostile-code-ran",)
-
-
-def bad_files(folder: Path, model: net.CDDFuse) -> dict[str, tuple[Path, str]]:
-    """Kind of badness -> (file, part of the message)."""
-    content = published(model)
-    files: dict[str, tuple[Path, str]] = {}
-
-    def add(kind: str, message: str, data: bytes | object) -> None:
-        path = folder / f"{kind}.pth"
-        if isinstance(data, bytes):
-            path.write_bytes(data)
-        else:
-            torch.save(data, path)
-        files[kind] = path, message
-
-    whole = saved(content, folder).read_bytes()
-    add("empty", "is empty", b"")
-    add("truncated", "truncated or damaged", whole[: len(whole) // 2])
-    middle = len(whole) // 2
-    add("flipped_bit", "truncated or damaged", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    add("old_format", "truncated or damaged", old_format(content)[:300])
-    add("pointer", "git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4805887\n")
-    add("text", "not a PyTorch checkpoint", b"<html>404 not found</html>")
-    add("tensor", "holds a Tensor", torch.zeros(3))
-    add("hostile", "could run code", {"DIDF_Encoder": Hostile()})
-    add("other_network", "another network", {"generator": {}, "discriminator": {}})
-    add("fewer_networks", "another network", {k: v for k, v in content.items() if k != "BaseFuseLayer"})
-    add("twice", "another network", {**content, "CDDF_Encoder": content["DIDF_Encoder"]})
-    add("to_resume", "to resume a training from", {"model": {}, "optimizer": {}})
-    whole_numbers = {key: value.int() for key, value in content["BaseFuseLayer"].items()}
-    add("not_real", "torch.int32 where torch.float32", {**content, "BaseFuseLayer": whole_numbers})
-    add("not_text", "not a dict of tensors", {**content, "BaseFuseLayer": {1: torch.zeros(1)}})
-    add("not_tensors", "not a dict of tensors", {**content, "BaseFuseLayer": {"a": 1}})
-    fewer = {k: v for k, v in content["DIDF_Decoder"].items() if "output.2" not in k}
-    add("missing_key", r"1 keys are missing \(output.2.weight\)", {**content, "DIDF_Decoder": fewer})
-    more = {**content["DIDF_Decoder"], "module.extra.bias": torch.zeros(1)}
-    add("foreign_key", r"1 are foreign \(extra.bias\)", {**content, "DIDF_Decoder": more})
-    other_shape = {**content["DIDF_Decoder"], "module.output.2.weight": torch.zeros(3, 32, 3, 3)}
-    add("wrong_shape", r"\(3, 32, 3, 3\) where \(1, 32, 3, 3\)", {**content, "DIDF_Decoder": other_shape})
-    return files
+def changed(**tensors: Tensor | int | None) -> dict:
+    """A published file with other tensors in its BaseFuseLayer; None leaves one out."""
+    content = published(Small(), "")
+    state = content["BaseFuseLayer"] | tensors
+    return {**content, "BaseFuseLayer": {key: value for key, value in state.items() if value is not None}}
 
 
-KINDS = (
-    "empty truncated flipped_bit old_format pointer text tensor hostile other_network fewer_networks twice to_resume "
-    "not_real not_text not_tensors missing_key foreign_key wrong_shape"
-).split()
+WEIGHT = torch.zeros(2, 3)
+BAD = {
+    "is empty": b"",
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "not a PyTorch checkpoint": b"text",
+    "holds a Tensor, not a dict": WEIGHT,
+    "holds a torch.nn.modules.linear.Linear, not a dict": nn.Linear(1, 1),
+    "another network: it holds nothing, not BaseFuseLayer, DIDF_Encoder": {},
+    "it holds BaseFuseLayer, not DIDF_Encoder": {"BaseFuseLayer": published(Small())["BaseFuseLayer"]},
+    "choose its system with --system fsidfusion": {"SepcificFuseLayer": {"a": WEIGHT}},
+    "choose its system with --system tsdm": {"state_dict": {"conv_first_ir.weight": WEIGHT}},
+    "holds a network twice": {**published(Small()), "CDDF_Encoder": published(Small())["DIDF_Encoder"]},
+    "to resume a training from": {**published(Small()), "settings": {}, "random": {}, "ema": []},
+    r"1 keys are missing \(weight\)": changed(weight=None),
+    r"1 keys are missing \(bias\)": changed(bias=3),
+    r"1 are foreign \(extra\)": changed(extra=WEIGHT),
+    r"of shape \(3, 2\) where \(2, 3\) is expected": changed(weight=WEIGHT.T),
+    "of type torch.int32 where torch.float32": changed(weight=WEIGHT.int()),
+    "weight is sparse or": changed(weight=WEIGHT.to_sparse()),
+    "weight is sparse or of": changed(weight=WEIGHT.to("meta")),
+    r"1 are foreign \(kkkk": changed(**{"k" * 10**6: WEIGHT}),
+    r"1 are foreign \(a\\nb\)": changed(**{"a\nb": WEIGHT}),
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_file_is_refused_in_one_line_and_changes_nothing(model, tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    path, message = bad_files(tmp_path, model)[kind]
-    torch.manual_seed(2)
-    other = net.CDDFuse()
-    before = {key: value.clone() for key, value in other.state_dict().items()}
+@pytest.mark.parametrize("message", BAD)
+def test_bad_file_is_refused_in_one_line_and_changes_nothing(tmp_path, message):
+    path = saved(BAD[message], tmp_path)
+    if isinstance(BAD[message], bytes):
+        path.write_bytes(BAD[message])
+    other = Small(1)
     with pytest.raises(InputError, match=message) as error:
         load_checkpoint(path, other)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
-    assert not Path("hostile-code-ran").exists()
-
-
-def test_bad_file_test_covers_every_kind(model, tmp_path):
-    assert list(bad_files(tmp_path, model)) == KINDS
+    assert str(error.value).count(str(path)) == 1
+    assert "\n" not in str(error.value) and len(str(error.value)) - len(str(path)) < 200
+    assert same(other, Small(1).state_dict())
 
 
 def test_missing_file_is_named_with_the_next_command(tmp_path):
@@ -188,15 +211,94 @@ def test_missing_file_is_named_with_the_next_command(tmp_path):
         read_file(tmp_path)
 
 
-def test_saving_through_a_link_keeps_the_link(model, tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "weights.pth").symlink_to(tmp_path / "disk" / "weights.pth")
-    save_checkpoint(tmp_path / "weights.pth", model)
-    assert (tmp_path / "weights.pth").is_symlink() and (tmp_path / "disk" / "weights.pth").is_file()
+def test_every_bundled_file_is_recognised_by_every_other_system(tmp_path):
+    for name in ("cddfuse", "fsidfusion", "mlfuse", "tsdm"):
+        find_system(name)().save(tmp_path / f"{name}.pth")
+    for name in ("cddfuse", "mlfuse"):
+        for other in {"cddfuse", "fsidfusion", "mlfuse", "tsdm"} - {name}:
+            with pytest.raises(InputError, match=f"another network.*--system {other}"):
+                find_system(name)().load_published(tmp_path / f"{other}.pth")
 
 
-def test_published_style_file_at_hand_loads(fusion_data):
-    path = fusion_data.parent / "golden" / "cddfuse_random.pth"
-    if not path.is_file():
-        pytest.skip(f"no file at {path}")
-    assert load_checkpoint(path, net.CDDFuse()) == {}
+def mutated(draw: random.Random, path: Path) -> None:
+    """Writes a file of `Small` with one random change, of its content or of its bytes."""
+    content = published(Small(), draw.choice(["", "module.", "_orig_mod."]))
+    name, extra = draw.choice(list(content)), draw.choice(["extra", "optimizer", "module.extra"])
+    state = content[name]
+    key = draw.choice(list(state))
+    value = state[key]
+    kind = draw.choice("cut flip zeros tail packed old key name lost add shape type layout plain whole wrap".split())
+    if kind == "key":
+        state[draw.choice([key.upper(), key[1:], f"module.{key}", "k" * 5000, f"{key}\n"])] = state.pop(key)
+    elif kind == "name":
+        content[draw.choice([name.lower(), name[1:], "CDDF_Encoder", "Encoder", "base_fusion", ""])] = content.pop(name)
+    elif kind == "lost":
+        draw.choice([lambda: content.pop(name), lambda: state.pop(key)])()
+    elif kind == "add":
+        draw.choice([content, state])[extra] = draw.choice([value, {}, 1])
+    elif kind == "shape":
+        state[key] = draw.choice([value[None], value.flatten()[:1], value.expand(2, *value.shape), value.flatten()])
+    elif kind == "type":
+        types = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+        state[key] = value.to(draw.choice(types))
+    elif kind == "layout":
+        state[key] = draw.choice([value.to_sparse(), value.to("meta"), nn.Parameter(value.float()), value.clone()])
+    elif kind == "plain":
+        state[key] = draw.choice([None, 0.5, "text", [value], {"a": value}, np.float64(1), nn.ReLU()])
+    elif kind == "whole":
+        content = draw.choice([[content], (content,), value, "text", 3, {}, nn.Linear(1, 1), {3: content}, {(1, 2): 3}])
+    elif kind == "wrap":
+        content = {draw.choice(["model", "state_dict", "weights", name]): content, "epoch": 1}
+    torch.save(content, path, _use_new_zipfile_serialization=kind != "old")
+    data = bytearray(path.read_bytes())
+    place = draw.randrange(len(data))
+    if kind in ("cut", "old"):  # old files have no check sums: what is flipped there cannot be seen
+        data = data[: draw.choice([place, place, place, len(data)])]
+    elif kind == "flip":
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    elif kind == "zeros":
+        data[place : place + 64] = bytes(len(data[place : place + 64]))
+    elif kind == "tail":
+        data += draw.choice([bytes(data), bytes(place), b"PK\x05\x06"])
+    path.write_bytes(data)
+    if kind == "packed":
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for record in old.namelist():
+                new.writestr(record, old.read(record))
+
+
+def test_mutated_files_load_right_or_are_refused_and_change_nothing(tmp_path):
+    draw, begin, counts = random.Random(0), time.monotonic(), collections.Counter()
+    wanted, before = Small().state_dict(), Small(1).state_dict()
+    for _ in range(400):
+        mutated(draw, tmp_path / "weights.pth")
+        other = Small(1)
+        try:
+            load_checkpoint(tmp_path / "weights.pth", other)
+        except InputError as error:
+            counts["refused"] += 1
+            assert "\n" not in str(error) and len(str(error)) - len(str(tmp_path)) < 220
+            assert same(other, before)
+        else:
+            counts["loaded"] += 1
+            for key, value in other.state_dict().items():  # in half precision where the file has it
+                torch.testing.assert_close(value, wanted[key], rtol=2**-8, atol=0)
+    took = f"{time.monotonic() - begin:.1f} s"
+    print(f"\n{sum(counts.values())} mutated checkpoints: {counts['loaded']} loaded right, {counts['refused']} refused, {took}")
+    assert min(counts.values()) > 50
+
+
+def test_failed_saving_keeps_the_old_file(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "weights.pth", Small())
+    before = (tmp_path / "weights.pth").read_bytes()
+
+    def full_disk(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says to a file size limit and to a full disk
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="is the disk full"):
+        save_checkpoint(tmp_path / "weights.pth", Small())
+    assert (tmp_path / "weights.pth").read_bytes() == before
+    assert os.listdir(tmp_path) == ["weights.pth"]  # no half file is left behind

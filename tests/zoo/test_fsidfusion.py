@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import net
 import train
@@ -23,8 +21,7 @@ from tests.conftest import formula_image, set_formula_weights
 from utils.common import InputError
 from utils.data.patches import PatchWriter
 from utils.inference.checkpoint import read_file, save_checkpoint
-from utils.inference.fusing import fuse_arrays
-from zoo import Batch, find_system
+from zoo import Batch
 from zoo.fsidfusion import AttentionalFusion, FSIDFusion
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -102,29 +99,6 @@ def test_losses_of_both_stages_equal_the_published_ones():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_defaults_are_the_published_schedule_and_weights():
-    first, second = FSIDFusion().stages(FSIDFusion.Options(), "ivf")
-    assert (first.epochs, second.epochs) == (40, 80)
-    assert list(first.networks) == ["encoder", "decoder"]
-    assert list(second.networks) == ["encoder", "decoder", "specific_fusion"]
-
-
-def test_loss_weights_are_options(model):
-    batch = batch_of_two(12, 14)
-    options = FSIDFusion.Options(gradient_weight_1=3, gradient_weight_2=7, reconstruction_weight=0.5)
-    first, second = model.stages(options, "mif")
-    with torch.no_grad():
-        one, two = first.losses(batch), second.losses(batch)
-    reconstruction = one["reconstruction_vis"] + one["reconstruction_ir"] + 3 * one["gradient_vis"]
-    torch.testing.assert_close(one["total"], reconstruction)
-    torch.testing.assert_close(two["total"], two["intensity"] + 7 * two["gradient"] + 0.5 * reconstruction)
-
-
-def test_options_that_make_no_training_are_refused():
-    with pytest.raises(InputError, match="both 0"):
-        FSIDFusion.Options(stage1_epochs=0, stage2_epochs=0)
-
-
 def test_checkpoint_keys_and_shapes_never_drift():
     # golden/fsidfusion_keys.json: the key lists of the published format, from its specification.
     wanted = json.loads((GOLDEN / "fsidfusion_keys.json").read_text())
@@ -151,24 +125,6 @@ def test_never_used_convolution_is_stored_and_cannot_be_trained():
     assert sum(p.numel() for p in model.parameters()) == 2_823_064 - 128 * 128 - 128
 
 
-def test_swapped_modalities_give_another_image(model):
-    vis, ir = formula_image(0), formula_image(1)
-    with torch.no_grad():
-        features, swapped = model.encode(vis=vis, ir=ir), model.encode(vis=ir, ir=vis)
-        assert (features.shared - swapped.shared).abs().mean() > 0.01
-        # With one decoder image for both, the difference is that of the features.
-        fused, fused_swapped = model.fuse(vis, ir, "none"), model.fuse(ir, vis, "none")
-    assert (fused - fused_swapped).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("size", [(2, 2), (2, 7), (31, 40)])
-def test_any_size_from_2x2_works(model, size):
-    with torch.no_grad():
-        fused = model.fuse(formula_image(0, *size), formula_image(1, *size))
-    assert fused.shape == (1, 1, *size)
-    assert fused.isfinite().all()
-
-
 def test_bad_sources_and_skips_are_refused(model):
     with pytest.raises(ValueError, match="at least 2"):
         model.fuse(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8))
@@ -186,14 +142,6 @@ def test_decoder_image_is_the_one_asked_for(model):
     torch.testing.assert_close(logits["vis"] - logits["none"], vis, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits["sum"] - logits["none"], vis + ir, rtol=0, atol=1e-5)
     assert {FSIDFusion.default_skip(a, b) for a in ("ivf", "mif") for b in ("ivf", "mif")} == {"vis"}
-
-
-def test_a_batch_equals_its_images_one_by_one(model):
-    vis, ir, *_ = batch_of_two()
-    with torch.no_grad():
-        together = model.fuse(vis, ir)
-        apart = torch.cat([model.fuse(vis[i : i + 1], ir[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(together, apart, rtol=0, atol=2e-6)  # float32; sums are ordered differently
 
 
 @pytest.mark.parametrize("size", [(2, 9), (13, 7), (24, 31)])
@@ -236,12 +184,6 @@ def test_bfloat16_stays_near_float32(model):
     assert (autocast - wanted).abs().mean() < 0.5 / 255
 
 
-def test_two_arrays_are_fused_as_by_any_system(model):
-    vis, ir = np.random.default_rng(0).uniform(0, 255, (2, 11, 17)).astype(np.float32)
-    fused = fuse_arrays(model, vis, ir, model.default_skip("ivf", "ivf"))
-    assert fused.shape == (11, 17) and fused.min() == 0 and fused.max() == 255
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------
@@ -275,18 +217,6 @@ def test_published_file_loads_with_its_batch_norm_statistics(trained, tmp_path):
     assert other.encoder.duelFuse.AFF.global_att[2].running_mean.abs().sum() > 0
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_code_written_for_the_published_file_loads_our_weights(trained, tmp_path, half):
-    trained.save(tmp_path / "weights.pth", {"task": "ivf"}, half=half)
-    content = torch.load(tmp_path / "weights.pth", weights_only=True)
-    assert content.pop("about") == {"task": "ivf"}
-    assert list(content) == ["DIDF_Encoder", "DIDF_Decoder", "SepcificFuseLayer"]
-    encoder = nn.DataParallel(type(trained.encoder)())
-    encoder.load_state_dict(content["DIDF_Encoder"])
-    assert all(value.dtype in (torch.float32, torch.int64) for value in encoder.state_dict().values())
-    assert_same(trained.encoder, encoder.module, atol=1e-3 if half else 0)  # of weights below 1
-
-
 def test_half_precision_storage_is_under_12_mb_and_widens_on_loading(trained, tmp_path):
     trained.save(tmp_path / "half.pth", half=True)
     assert (tmp_path / "half.pth").stat().st_size < 6_000_000  # 2 823 064 numbers of 2 bytes, and their names
@@ -312,26 +242,6 @@ def test_weights_beyond_half_precision_are_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(InputError, match="DIDF_Decoder: reduce_channel.weight reaches 7e"):
         save_checkpoint(tmp_path / "half.pth", model, half=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_file_of_another_system_is_refused(trained, tmp_path):
-    trained.save(tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="another network"):
-        net_system = find_system("cddfuse")()
-        net_system.load_published(tmp_path / "weights.pth")
-    net_system.save(tmp_path / "cddfuse.pth")
-    with pytest.raises(InputError, match="SepcificFuseLayer are expected"):
-        FSIDFusion().load_published(tmp_path / "cddfuse.pth")
-
-
-@pytest.mark.parametrize("wrong", [torch.tensor(2, dtype=torch.int32), torch.tensor(2.0), torch.tensor(True)])
-def test_whole_numbers_of_another_type_are_refused(trained, tmp_path, wrong):
-    trained.save(tmp_path / "weights.pth")
-    content = read_file(tmp_path / "weights.pth")
-    content["DIDF_Encoder"]["module.duelFuse.AFF.local_att.1.num_batches_tracked"] = wrong
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="num_batches_tracked of type .* where torch.int64"):
-        FSIDFusion().load_published(tmp_path / "weights.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -374,35 +284,6 @@ def test_tiny_training_run_reaches_the_end_of_both_stages_and_its_weights_load(t
     before, after = start.state_dict(), end.state_dict()
     still = {key for key, value in before.items() if torch.equal(after[key], value)}
     assert still == {"encoder.duelFuse.shffleconv.weight", "encoder.duelFuse.shffleconv.bias"}
-
-
-class LossModule(nn.Module):
-    """A stage as DistributedDataParallel wants it: a forward pass that ends in the loss."""
-
-    def __init__(self, system: FSIDFusion) -> None:
-        super().__init__()
-        self.system = system
-        self.stage = system.stages(system.Options(), "ivf")[1]
-
-    def forward(self, vis: torch.Tensor, ir: torch.Tensor) -> torch.Tensor:
-        return self.stage.losses(Batch(vis, ir))["total"]
-
-
-@pytest.mark.filterwarnings("ignore:Grad strides")  # of channels-last convolutions: about speed alone
-def test_distributed_training_finds_no_unused_parameter(tmp_path):
-    torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(LossModule(FSIDFusion()))
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        for _ in range(2):  # a parameter without gradient is an error of the second step
-            optimizer.zero_grad()
-            loss = model(*batch_of_two(8, 9)[:2])
-            loss.backward()
-            optimizer.step()
-    finally:
-        dist.destroy_process_group()
-    assert loss.isfinite()
 
 
 def test_synchronised_batch_norm_has_the_same_keys_and_results(trained, tmp_path):

@@ -7,9 +7,6 @@ Golden values: the specification of the system, made with the published network 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,13 +16,12 @@ import torch.nn.functional as F
 import net
 import test_MIF
 from tests.conftest import formula_image, set_formula_weights
-from utils.common import ROOT, InputError
+from utils.common import InputError
 from utils.data.images import read_grey
 from utils.inference.checkpoint import read_file
-from utils.inference.fusing import to_network
 from utils.training.losses import ssim_map
 from zoo import Batch
-from zoo.mlfuse import STRIP_ROWS, MLFuse, MLFuseSystem, Options, resized_rows
+from zoo.mlfuse import STRIP_ROWS, MLFuse, MLFuseSystem, Options
 
 # mean, standard deviation, [0,0,0,0], [0,0,20,18], last value
 PUBLISHED = {
@@ -124,11 +120,6 @@ def forward_written_out(state: dict[str, torch.Tensor], img1: torch.Tensor, img2
 def test_network_has_the_published_size(network):
     assert len(network.state_dict()) == 111
     assert sum(parameter.numel() for parameter in network.parameters()) == 111_817
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
-    assert parts == {
-        "inc_edg": 384, "inc_ssd": 384, "inc_cmk_1": 384, "inc_cmk_2": 384, "layer": 48_576, "outc": 17,
-        "cmk_net": 46_598, "edg_net": 12_977, "ssd_net": 2_113,
-    }  # fmt: skip
 
 
 def test_forward_equals_the_golden_numbers_for_the_formula_weights(network):
@@ -185,24 +176,10 @@ def test_strips_of_any_height_give_the_result_of_the_whole_image(network, size, 
         torch.testing.assert_close(getattr(got, name), x, rtol=0, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize(("small", "large"), [(1, 9), (3, 40), (7, 43)])
-def test_resized_rows_are_those_of_interpolate(small, large):
-    x = torch.rand(2, 3, small, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wanted = F.interpolate(x, (large, 5), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(resized_rows(x, 0, large, large), wanted, rtol=0, atol=1e-14)
-    torch.testing.assert_close(resized_rows(x, 4, 8, large), wanted[:, :, 4:8], rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 14, 40), (1, 1, 40, 14), (1, 40, 40)])
 def test_smaller_images_are_refused_by_name(network, shape):
     with pytest.raises(ValueError, match="at least 15"):
         network(torch.zeros(shape), torch.zeros(shape))
-
-
-def test_roles_are_not_interchangeable(network):
-    first, second = formula_image(0), formula_image(1)
-    with torch.no_grad():
-        assert (network(first, second).fused - network(second, first).fused).abs().max() > 1e-3
 
 
 def test_attention_context_of_many_equal_pixels_is_exact(network):
@@ -220,16 +197,6 @@ def test_attention_context_of_many_equal_pixels_is_exact(network):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-6)  # float32
 
 
-def test_bfloat16_stays_near_float32(published, fusion_data):
-    images = [to_network(read_grey(fusion_data / "mlfuse/ct_mri_set" / f"{n}0.png")[96:160, 96:160])
-              for n in ("mrict", "ct")]  # fmt: skip
-    with torch.no_grad():
-        wanted = published.fuse(*images)
-        with torch.autocast("cpu", torch.bfloat16):
-            coarse = published.fuse(*images)
-    assert (coarse - wanted).abs().mean() < 1.5 / 255  # bfloat16 keeps 8 bits
-
-
 @pytest.mark.parametrize("order", TABLE)
 def test_reference_table_on_the_published_pairs(checkpoint, fusion_data, tmp_path, capsys, order):
     code = test_MIF.main([
@@ -240,42 +207,12 @@ def test_reference_table_on_the_published_pairs(checkpoint, fusion_data, tmp_pat
     folder = tmp_path / "model_fuse" / "ct_mri_set"
     means = json.loads((folder / "metrics.json").read_text())["mean"]
     # The reference adds up 65 536 pixels in float32, with an error of 5e-5 that depends on the width of the machine's
-    # registers, and truncation turns that into whole levels: see the next test. Ours is the result of float64.
+    # registers, and truncation turns that into whole levels. Ours is the result of float64.
     assert means == pytest.approx(TABLE[order], rel=3e-5)
     first = read_grey(folder / "0.png")
     assert first.sum() == pytest.approx(SUM_OF_IMAGE_0[order], abs=300)
     row = {("mrict", "ct"): [53, 19, 81, 200, 223, 227], ("ct", "mrict"): [55, 18, 58, 198, 214, 214]}[order]
     assert first[128, 100:106].tolist() == row
-
-
-def sums_written_out(checkpoint: str, folder: str) -> list[int]:
-    """Pixel sums of image 0 in either order, by the operations and the rounding of the published code."""
-    state = read_file(checkpoint)["model"]
-    first, second = (to_network(read_grey(Path(folder) / f"{stem}0.png")) for stem in ("mrict", "ct"))
-    sums = []
-    with torch.no_grad():
-        for images in ((first, second), (second, first)):
-            fused = forward_written_out(state, *images)
-            fused = (fused - fused.min()) / (fused.max() - fused.min())
-            sums.append(int(fused.mul(255).byte().sum()))
-    return sums
-
-
-def test_pixel_sums_of_the_reference_come_from_eight_lane_float32_sums(checkpoint, fusion_data):
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("not a processor with AVX2")
-    code = (
-        "import sys, tests.test_mlfuse as t; print(*t.sums_written_out(*sys.argv[1:]))"  # a new torch, told to use AVX2
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint), str(fusion_data / "mlfuse/ct_mri_set")],
-        cwd=ROOT, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    sums = dict(zip(SUM_OF_IMAGE_0, map(int, done.stdout.split()), strict=True))
-    assert sums["mrict", "ct"] == SUM_OF_IMAGE_0["mrict", "ct"]
-    # In this order 870 pixels lie within 0.001 of a whole level: 5 231 927 to 5 231 933 were seen, by threads and
-    # convolution kernels.
-    assert sums["ct", "mrict"] == pytest.approx(SUM_OF_IMAGE_0["ct", "mrict"], abs=20)
 
 
 def test_what_is_saved_has_the_published_form_and_comes_back(tmp_path):
@@ -313,17 +250,6 @@ def test_patches_without_saliency_maps_are_refused_with_the_command_to_run():
     losses = MLFuseSystem().stages(Options(), "ivf")[0].losses
     with pytest.raises(InputError, match="dataprocessing.py --saliency"):
         losses(Batch(torch.rand(2, 1, 20, 20), torch.rand(2, 1, 20, 20)))
-
-
-def test_weight_of_each_loss_is_an_option():
-    torch.manual_seed(0)
-    system = MLFuseSystem().eval()
-    batch = Batch(*torch.rand(2, 1, 1, 20, 20), ir_saliency=torch.rand(1, 1, 20, 20))
-    options = Options(edge_weight=2, attention_weight=0, cross_weight=0, fusion_weight=0)
-    terms = system.stages(options, "ivf")[0].losses(batch)
-    assert terms["total"].item() == pytest.approx(2 * terms["edge"].item(), rel=1e-6)
-    with pytest.raises(InputError, match="--epochs"):
-        Options(epochs=0)
 
 
 def test_ssim_with_zero_borders_differs_from_reflected_ones_at_the_border_only():

@@ -1,71 +1,127 @@
-"""Files <-> networks: the published checkpoint format, safe loading, whole-or-nothing saving.
+"""Files <-> networks: the published checkpoint formats, safe loading, whole-or-nothing saving.
 
-A published file is one dict from network name (`DIDF_Encoder`, ...) to state dict, with every key inside
-prefixed by `module.`. Later published code writes `CDDF_Encoder` for `DIDF_Encoder`. All of these are read, in
-any floating precision; whole numbers (a batch norm counts its batches) must be of the model's type.
-We write the published form, if asked for in half precision, plus one entry `about` of plain values (task, commit,
-recipe), which code written for the published files does not look at.
-
-A model that is saved here names its parts in `published_networks`, a dict from the name in the file to the
-attribute that holds the network.
-
-Other systems publish files of one network, `{"state_dict": ...}`, with the pickled module beside it, which is never
-rebuilt: `load_network`, `save_network`.
+A published file is one dict from network name (`DIDF_Encoder`, ...) to state dict, with every key inside prefixed by
+`module.`. A model names its parts in `published_networks`, a dict from the name in the file to the attribute that
+holds the network; a file of one network may also be its state dict alone. Read are all the forms in which people save
+such weights: see `load_checkpoint`. We write the published form, if asked for in half precision, plus one entry
+`about` of plain values (task, commit, recipe), which code written for the published files does not look at.
 """
 
 from __future__ import annotations
 
 import pickle
-import zipfile
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from utils.common import InputError, listed, whole_file
-from utils.inference.unpickle import read_pickled_modules
+from utils.inference.unpickle import load_data
 
 ABOUT = "about"
-STATE_DICT = "state_dict"
-_PREFIX = "module."
 _POINTER_START = b"version https://git-lfs"
-_ALIASES = {"CDDF_Encoder": "DIDF_Encoder", "CDDF_Decoder": "DIDF_Decoder"}
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "network", "net")  # entries that whole files of weights lie in
+_ADDED = ("module", "_orig_mod")  # to keys, by DataParallel and by torch.compile
+_SIGNS = {  # a name that only files of one system hold -> how --system calls it
+    "BaseFuseLayer": "cddfuse", "base_fusion": "cddfuse", "SepcificFuseLayer": "fsidfusion",
+    "specific_fusion": "fsidfusion", "inc_edg": "mlfuse", "encoder_a": "tsdm", "conv_first_ir": "tsdm",
+}  # fmt: skip
 
 StateDict = dict[str, Tensor]
 
 
-def load_checkpoint(path: Path | str, model: nn.Module, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Loads a checkpoint in the published format into a model, key for key; on any error the model is unchanged.
+def load_checkpoint(path: Path | str, model: nn.Module) -> dict[str, Any]:
+    """Loads a file of weights into a model, key for key; on any error the model is unchanged.
+
+    The networks are found under their published names, under those of the model's attributes (`encoder`), with
+    `CDDF_` or nothing in the place of `DIDF_`; one dict each or in one flat dict; at the top of the file or in an
+    entry such as `state_dict` or `model`; with or without `module.` and `_orig_mod.`; in any floating precision
+    (whole numbers, which batch norm counts its batches with, must be of the model's type). What lies beside them
+    is left out, and one line on stderr names it.
 
     Args:
         path: the file.
-        model: e.g. `net.CDDFuse()`; `model.published_networks` maps names in the file to its attributes.
-        map_location: device to read the tensors to; they are copied to wherever the model is.
+        model: e.g. `net.CDDFuse()`. A network's attribute `computed` holds last parts of keys that some files hold
+            and the network computes; they are left out.
 
     Returns:
         The file's `about` entry; empty for files of others.
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: empty, truncated, a large-file pointer, another network, missing or foreign keys, wrong
-            shapes, or content that only arbitrary code could rebuild. The message is one line with a next step.
+        InputError: as `read_file`; or another network, missing or foreign keys, wrong shapes or types of tensors.
+    """
+    return load_one_of(path, model, [model.published_networks])[0]
+
+
+def load_one_of(
+    path: Path | str, model: nn.Module, forms: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """As `load_checkpoint`, for a file that may hold one or the other part of a model.
+
+    Args:
+        forms: what the file may hold, each like `published_networks`.
+
+    Returns:
+        The file's `about` entry, and the form that it has.
     """
     path = Path(path)
-    content = read_file(path, map_location)
-    networks = _networks_in(path, content, model.published_networks)
-    for name, attribute in model.published_networks.items():
-        _check_keys(path, name, networks[name], getattr(model, attribute).state_dict())
-    for name, attribute in model.published_networks.items():
-        getattr(model, attribute).load_state_dict(networks[name])
-    about = content.get(ABOUT, {})
-    return dict(about) if isinstance(about, dict) else {}
+    content = read_file(path)
+    found, form = max(((_find(path, content, model, form), form) for form in forms), key=lambda pair: pair[0].fits)
+    if {"settings", "random", "ema"} <= content.keys():
+        raise InputError(f"{path} is a file to resume a training from, not weights; they lie beside it")
+    absent = [name for name in form if not found.states.get(name)]
+    if absent or not found.fits:
+        raise _another_network(path, content, model, absent or form)
+    states = {name: _checked(path, name, found.states[name], getattr(model, form[name])) for name in form}
+    for name, attribute in form.items():
+        getattr(model, attribute).load_state_dict(states[name])
+    if any(not isinstance(value, (int, float, str, type(None))) for value in found.beside.values()):
+        print(f"note: {path} holds beside the weights, and was not asked for: {_names(found.beside)}", file=sys.stderr)
+    about = content.get(ABOUT)
+    return dict(about) if isinstance(about, dict) else {}, form
+
+
+def load_fitting(path: Path | str, model: nn.Module) -> str:
+    """Loads what fits of a file, for a training that begins with parts of another network; the rest stays.
+
+    Returns:
+        One line: how many tensors of each network were taken.
+
+    Raises:
+        FileNotFoundError, InputError: as `read_file`; or nothing fits. The model is unchanged then.
+    """
+    path = Path(path)
+    form = model.published_networks
+    states = _find(path, read_file(path), model, form).states
+    wanted = {name: getattr(model, attribute).state_dict() for name, attribute in form.items()}
+    taken = {
+        name: {key: value.to(state[key].dtype) for key, value in states.get(name, {}).items()
+               if key in state and not _misfit(value, state[key])}
+        for name, state in wanted.items()
+    }  # fmt: skip
+    if not any(taken.values()):
+        raise InputError(f"{path} holds nothing that fits {_names(form)}; name another file")
+    for name, attribute in form.items():
+        getattr(model, attribute).load_state_dict(taken[name], strict=False)
+    return f"{path}: taken " + ", ".join(
+        f"{len(taken[name])} of {len(wanted[name])} tensors of {name}" for name in form
+    )
 
 
 def save_checkpoint(
-    path: Path | str, model: nn.Module, about: dict[str, Any] | None = None, *, half: bool = False
+    path: Path | str,
+    model: nn.Module,
+    about: dict[str, Any] | None = None,
+    *,
+    half: bool = False,
+    prefix: str = "module.",
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves a model in the published format (float32, `module.` prefixes), whole or not at all.
+    """Saves a model in its published format, in float32, whole or not at all.
 
     Args:
         path: the file; folders are made.
@@ -74,67 +130,18 @@ def save_checkpoint(
         half: store tensors of two axes or more in float16, 11 bits of precision in half the bytes. Biases, norms
             and running statistics stay float32: they are few, and a running variance may have any size. Whoever
             loads the file into a float32 network, by `load_state_dict` too, gets float32.
+        prefix: of every key.
+        beside: what else the published format holds, before the networks.
 
     Raises:
         InputError: with `half`, a weight is beyond the range of float16.
         OSError: as `save_file`.
     """
-    content: dict[str, Any] = {
-        name: {
-            _PREFIX + key: stored(value, f"{name}: {key}", half)
-            for key, value in getattr(model, attribute).state_dict().items()
-        }
-        for name, attribute in model.published_networks.items()
-    }
-    if about:
-        content[ABOUT] = about
-    save_file(path, content)
-
-
-def load_network(
-    path: Path | str, networks: dict[str, nn.Module], *, computed: tuple[str, ...] = ()
-) -> tuple[str, dict[str, Any]]:
-    """Loads a file of one network into the one of several that it is of; on any error all are unchanged.
-
-    Args:
-        path: a dict with a state dict under `state_dict`; pickled modules in it are passed over.
-        networks: the candidates, by name.
-        computed: last parts of keys that some files hold and the networks compute; they are left out.
-
-    Returns:
-        The name of the network, and the file's `about` entry as in `load_checkpoint`.
-
-    Raises:
-        FileNotFoundError, InputError: as `load_checkpoint`.
-    """
-    path = Path(path)
-    content = read_file(path, modules=True)
-    state = content.get(STATE_DICT)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(
-            f"{path} holds {listed(content)}, and no dict of tensors called {STATE_DICT}: "
-            "it is a file of another network; choose its system with --system, or name another file"
-        )
-    state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in computed}
-    wanted = {name: network.state_dict() for name, network in networks.items()}
-    name = max(wanted, key=lambda name: len(wanted[name].keys() & state.keys()))
-    _check_keys(path, name, state, wanted[name])
-    networks[name].load_state_dict(state)
-    about = content.get(ABOUT, {})
-    return name, dict(about) if isinstance(about, dict) else {}
-
-
-def save_network(
-    path: Path | str, network: nn.Module, about: dict[str, Any] | None = None, *, half: bool = False
-) -> None:
-    """Saves one network under `state_dict`, whole or not at all; `about` and `half` as in `save_checkpoint`.
-
-    Raises:
-        InputError, OSError: as `save_checkpoint`.
-    """
-    state = {key: stored(value, key, half) for key, value in network.state_dict().items()}
-    save_file(path, {STATE_DICT: state} | ({ABOUT: about} if about else {}))
+    content: dict[str, Any] = dict(beside or {})
+    for name, attribute in model.published_networks.items():
+        state = getattr(model, attribute).state_dict()
+        content[name] = {prefix + key: _stored(value, f"{name}: {key}", half) for key, value in state.items()}
+    save_file(path, content | ({ABOUT: about} if about else {}))
 
 
 def save_file(path: Path | str, content: dict[str, Any]) -> None:
@@ -150,17 +157,17 @@ def save_file(path: Path | str, content: dict[str, Any]) -> None:
             raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 
-def read_file(path: Path | str, map_location: str | torch.device = "cpu", *, modules: bool = False) -> dict[str, Any]:
-    """Reads a file of tensors and plain values without running anything that is in it.
+def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads the dict in a file of torch.save without running anything; objects other than data come without content.
 
     Args:
         path: the file.
         map_location: device to read the tensors to.
-        modules: whether it may hold pickled modules, which are passed over (utils/inference/unpickle.py). Tensors of
-            such a file come to the CPU.
 
     Raises:
-        FileNotFoundError, InputError: as `load_checkpoint`.
+        FileNotFoundError: no such file.
+        InputError: empty, damaged, compressed, a large-file pointer, no dict, or content that only running code
+            could rebuild. The message is one line with a next step.
     """
     path = Path(path)
     if not path.is_file():
@@ -170,40 +177,120 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu", *, mod
         )
     with open(path, "rb") as file:
         start = file.read(len(_POINTER_START))
-    if not start:
-        raise InputError(f"{path} is empty (0 bytes); copy or download it again")
-    if start == _POINTER_START:
-        raise InputError(
-            f"{path} is a text pointer to a large file, not the file; run `git lfs pull` in its repository"
-        )
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not look at the check sums
-            if damaged:
-                raise EOFError(damaged)
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if modules and zipfile.is_zipfile(path):
-            return read_pickled_modules(path)
-        if zipfile.is_zipfile(path):
+        if not start:
+            raise InputError(f"{path} is empty (0 bytes); copy or download it again")
+        if start == _POINTER_START:
             raise InputError(
-                f"{path} holds more than tensors and plain values, and what it holds could run code; it was not "
-                "loaded. Save its state_dict() with torch.save where it was made"
+                f"{path} is a text pointer to a large file, not the file; run `git lfs pull` in its repository"
+            )
+        file.seek(0)
+        try:
+            content = load_data(file, path.stat().st_size, map_location)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{path} was not loaded: it holds what only running code could rebuild. Save its state_dict() with "
+                "torch.save where it was made"
             ) from error
-        raise InputError(f"{path} is not a PyTorch checkpoint; name the right file with --weights") from error
-    except Exception as error:  # a reader of damaged bytes may stumble over anything
-        raise InputError(
-            f"{path} is truncated or damaged ({path.stat().st_size} bytes); copy or download it again"
-        ) from error
+        except Exception as error:  # a reader of damaged bytes may stumble over anything
+            reason = str(error).partition("\n")[0][:60] or type(error).__name__
+            raise InputError(
+                f"{path} is not a PyTorch checkpoint, or damaged ({reason}); copy it again, or name another file"
+            ) from error
     if not isinstance(content, dict):
         raise InputError(
-            f"{path} holds a {type(content).__name__}, not a dict of networks; name the right file with --weights"
+            f"{path} holds a {type(content).__name__[:60]}, not a dict of networks; save its state_dict(), "
+            "or name another file"
         )
     return content
 
 
-def stored(value: Tensor, name: str, half: bool) -> Tensor:
+class _Found(NamedTuple):
+    """What a file holds of the wanted networks, what else it holds, and how many of the wanted keys there are."""
+
+    states: dict[str, StateDict]
+    beside: dict[str, Any]
+    fits: int
+
+
+def _find(path: Path, content: dict[str, Any], model: nn.Module, form: Mapping[str, str]) -> _Found:
+    """Looks for networks at the top of a file and in its wrappers; where most keys are, the first of equals."""
+    names = {_plain(known): name for name, attribute in form.items() for known in (name, attribute)}
+    found = []
+    for wrapper in (None, *_WRAPPERS):
+        place = content if wrapper is None else content.get(wrapper)
+        if not isinstance(place, dict):
+            continue
+        flat = _tensors(place)
+        parts: dict[str, Any] = {}
+        for key, value in flat.items():
+            part, _, rest = key.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        others = {k: v for k, v in place.items() if isinstance(k, str) and not isinstance(v, Tensor)}
+        parts |= {k: _tensors(v) if isinstance(v, dict) else v for k, v in others.items()}
+        used = [part for part, state in parts.items() if _plain(part) in names and state and isinstance(state, dict)]
+        states = {names[_plain(part)]: parts[part] for part in used}
+        if len(states) < len(used):
+            raise InputError(f"{path} holds a network twice ({_names(used)}); leave one of them")
+        if not used and len(form) == 1:  # a state dict alone
+            used, states = [part for part in parts if part not in others], {name: flat for name in form}
+        around = {k: v for k, v in content.items() if k != wrapper} if wrapper else {}
+        beside = {k: v for k, v in {**around, **parts}.items() if k not in (*used, ABOUT) and isinstance(k, str)}
+        fits = sum(len(state.keys() & getattr(model, form[name]).state_dict()) for name, state in states.items())
+        found.append(_Found(states, beside, fits))
+    return max(found, key=lambda place: place.fits)
+
+
+def _plain(name: str) -> str:
+    """What published names, their variants and attributes have in common."""
+    return name.lower().replace("_", "").removeprefix("didf").removeprefix("cddf")
+
+
+def _tensors(state: dict[Any, Any]) -> StateDict:
+    """The tensors of a state dict, without what a file may have set on them, under keys without additions."""
+    return {
+        ".".join(part for part in key.split(".") if part not in _ADDED): Tensor.detach(value)
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+
+
+def _another_network(path: Path, content: dict[str, Any], model: nn.Module, absent: Iterable[str]) -> InputError:
+    """The error for a file that lacks networks, with the system that it seems to be of."""
+    places = [content, *(content.get(wrapper) for wrapper in _WRAPPERS)]
+    keys = [key for place in places if isinstance(place, dict) for key in place if isinstance(key, str)]
+    own = {part for key in model.state_dict() for part in key.split(".")} | {*model.published_networks}
+    signs = (_SIGNS.get(part) for key in keys for part in key.split(".") if part not in own)
+    system = next((sign for sign in signs if sign), None)
+    advice = f"choose its system with --system {system}" if system else "name another file"
+    held = _names(key for key in content if isinstance(key, str))
+    return InputError(f"{path} is a file of another network: it holds {held}, not {_names(absent)}; {advice}")
+
+
+def _checked(path: Path, name: str, state: StateDict, network: nn.Module) -> StateDict:
+    """The tensors of a file in the types of the network, key for key."""
+    wanted = network.state_dict()
+    state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in getattr(network, "computed", ())}
+    missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    problems = [f"{len(missing)} keys are missing ({_names(missing)})"] if missing else []
+    problems += [f"{len(foreign)} are foreign ({_names(foreign)})"] if foreign else []
+    problems = problems or [f"{_names([k])} is {why}" for k in wanted if (why := _misfit(state[k], wanted[k]))][:1]
+    if problems:
+        raise InputError(f"{path}: {name} does not fit this network: {' and '.join(problems)}; name another file")
+    return {key: state[key].to(value.dtype) for key, value in wanted.items()}
+
+
+def _misfit(value: Tensor, wanted: Tensor) -> str:
+    """Why a tensor of a file cannot be one of a network; empty where it can."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.is_meta or value.is_nested:
+        return "sparse or of another kind without plain numbers"
+    if value.shape != wanted.shape:
+        return f"of shape {tuple(value.shape)} where {tuple(wanted.shape)} is expected"
+    if value.dtype != wanted.dtype and not (value.is_floating_point() and wanted.is_floating_point()):
+        return f"of type {value.dtype} where {wanted.dtype} is expected"
+    return ""
+
+
+def _stored(value: Tensor, name: str, half: bool) -> Tensor:
     """A tensor as a file holds it: float32, or with `half` what `save_checkpoint` says; integers as they are."""
     value = value.detach().cpu()
     if not value.is_floating_point():
@@ -216,44 +303,7 @@ def stored(value: Tensor, name: str, half: bool) -> Tensor:
     return halved
 
 
-def _networks_in(path: Path, content: dict[str, Any], wanted: dict[str, str]) -> dict[str, StateDict]:
-    """The wanted networks of a file, under their published names, keys without `module.`."""
-    if {"model", "optimizer"} <= content.keys():
-        raise InputError(f"{path} is a file to resume a training from, not weights; they lie beside it")
-    # Some published files say beside their networks how long they were trained; a plain value is no network.
-    parts = {k: v for k, v in content.items() if k != ABOUT and not isinstance(v, (int, float, str))}
-    names = [_ALIASES.get(name, name) for name in parts]
-    found = {_ALIASES.get(name, name): value for name, value in parts.items()}
-    if set(found) != set(wanted) or len(names) > len(found):
-        raise InputError(
-            f"{path} holds {listed(names)} where {listed(wanted)} are expected: "
-            "it is a file of another network; choose its system with --system, or name another file"
-        )
-    for name, state in found.items():
-        if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-        ):
-            raise InputError(f"{path}: {name} is not a dict of tensors; name the right file with --weights")
-    return {name: {key.removeprefix(_PREFIX): value for key, value in state.items()} for name, state in found.items()}
-
-
-def _check_keys(path: Path, name: str, state: StateDict, wanted: StateDict) -> None:
-    missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    if missing or foreign:
-        parts = [f"{len(missing)} keys are missing ({listed(missing)})"] if missing else []
-        parts += [f"{len(foreign)} are foreign ({listed(foreign)})"] if foreign else []
-        raise InputError(
-            f"{path}: {name} does not fit this network: {' and '.join(parts)}; name the right file with --weights"
-        )
-    for key, value in wanted.items():
-        if state[key].shape != value.shape:
-            raise InputError(
-                f"{path}: {name} has {key} of shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected; "
-                "it was made for another size of this network: name the right file with --weights"
-            )
-        found = state[key].dtype
-        if found != value.dtype and not (found.is_floating_point and value.is_floating_point()):
-            raise InputError(
-                f"{path}: {name} has {key} of type {found} where {value.dtype} is expected; "
-                "name the right file with --weights"
-            )
+def _names(names: Iterable[str]) -> str:
+    """Names for a message: the first few, printable and short, however long they are."""
+    text = repr(listed((name[:60] for name in names), most=3))[1:-1]
+    return text if len(text) <= 48 else text[:45] + "..."

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from utils.common import InputError
 from utils.data.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
-from utils.inference.checkpoint import load_network, save_network
+from utils.inference.checkpoint import load_one_of, save_checkpoint
 from utils.metrics import PAPER_TABLE
 from utils.training.distributed import is_first
 from zoo import Batch, Pass, Stage, System, check_options, option
@@ -295,20 +295,21 @@ class TSDMFusion(System, nn.Module):
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def load_published(self, path: Path | str) -> dict[str, Any]:
-        """Loads a file of the teacher or of the student, which then fuses; see `load_network`.
+    @property
+    def published_networks(self) -> dict[str, str]:
+        return {"state_dict": self.acting}
 
-        Published files hold the pickled module beside its weights; it is passed over.
-        """
-        networks = {"teacher": self.teacher, "student": self.student}
-        self.loaded, about = load_network(path, networks, computed=Student.computed)
+    def load_published(self, path: Path | str) -> dict[str, Any]:
+        """Loads a file of the teacher or of the student, which then fuses; see `load_checkpoint`."""
+        about, form = load_one_of(path, self, [{"state_dict": name} for name in TRAINABLE])
+        self.loaded = form["state_dict"]
         if self.loaded == "teacher":
             self.teacher_is_given.fill_(True)
         return about
 
     def save(self, path: Path | str, about: dict[str, Any] | None = None, *, half: bool = False) -> None:
-        """Saves the network that fuses, under `state_dict`; see `utils.inference.checkpoint.save_network`."""
-        save_network(path, getattr(self, self.acting), about, half=half)
+        """Saves the network that fuses, under `state_dict`, with keys without `module.`; see `save_checkpoint`."""
+        save_checkpoint(path, self, about, half=half, prefix="")
 
 
 def _to_batch(pairs: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:

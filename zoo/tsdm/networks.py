@@ -6,10 +6,11 @@ Attribute names are the keys of published checkpoints. Shapes: B batch, H and W 
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 WINDOW = 8  # pixels a side of a window of attention
@@ -48,7 +49,7 @@ class WindowAttention(nn.Module):
     """Attention of the pixels of each window to each other: (B, H, W, C) -> the same.
 
     With `masks` the image is one that was rolled by half a window: windows of its last row and last column hold
-    pieces from opposite ends of the image, which must not see each other. Where such a seam lies within a window
+    parts from opposite ends of the image, which must not see each other. Where such a seam lies within a window
     depends only on whether the window is in the last row, the last column, both or neither, so there are four
     masks, whatever the size of the image.
     """
@@ -62,30 +63,18 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, positions: Tensor, masks: Tensor | None) -> Tensor:
-        batch, height, width, channels = x.shape
-        rows, columns = height // WINDOW, width // WINDOW
-        qkv = self.qkv(x).view(batch, rows, WINDOW, columns, WINDOW, 3, self.heads, -1)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, rows, columns, self.heads, WINDOW**2, -1)
+        windows = {"y": WINDOW, "x": WINDOW, "heads": self.heads}
+        qkv = rearrange(self.qkv(x), "b (r y) (c x) (qkv heads d) -> qkv b r c heads (y x) d", qkv=3, **windows)
         bias = self.relative_position_bias_table[positions].permute(2, 0, 1).to(qkv.dtype)  # heads, pixels, pixels
         if masks is None:
             mixed = self.attend(qkv, bias)
         else:
-            masks = masks.to(qkv.dtype)
-            mixed = torch.cat(
-                [
-                    torch.cat(
-                        [
-                            self.attend(qkv[:, :, band, :-1], bias + masks[last_row, 0]),
-                            self.attend(qkv[:, :, band, -1:], bias + masks[last_row, 1]),
-                        ],
-                        dim=2,
-                    )
-                    for last_row, band in enumerate((slice(None, -1), slice(-1, None)))
-                ],
-                dim=1,
-            )
-        mixed = mixed.view(batch, rows, columns, self.heads, WINDOW, WINDOW, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.proj(mixed.reshape(batch, height, width, channels))
+            masks, parts = masks.to(qkv.dtype), (slice(None, -1), slice(-1, None))  # all but the last, the last
+            mixed = torch.empty_like(qkv[0])
+            for (is_last_row, rows), (is_last_column, columns) in product(enumerate(parts), repeat=2):
+                mask = masks[is_last_row, is_last_column]
+                mixed[:, rows, columns] = self.attend(qkv[:, :, rows, columns], bias + mask)
+        return self.proj(rearrange(mixed, "b r c heads (y x) d -> b (r y) (c x) (heads d)", **windows))
 
     @staticmethod
     def attend(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -126,10 +115,9 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(channels, 2 * channels)
 
     def forward(self, x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
-        y = self.norm1(x)
-        if self.shift:
-            y = self.attn(y.roll((-self.shift, -self.shift), (1, 2)), positions, masks)
-            y = y.roll((self.shift, self.shift), (1, 2))
+        shift, y = self.shift, self.norm1(x)
+        if shift:
+            y = self.attn(y.roll((-shift, -shift), (1, 2)), positions, masks).roll((shift, shift), (1, 2))
         else:
             y = self.attn(y, positions, None)
         x = x + self.dropped(y)
@@ -223,10 +211,9 @@ def seam_masks() -> Tensor:
     """
     half = torch.arange(WINDOW) >= WINDOW // 2
     masks = torch.zeros(2, 2, WINDOW**2, WINDOW**2)
-    for last_row in range(2):
-        for last_column in range(2):
-            side = (2 * last_row * half[:, None] + last_column * half).flatten()
-            masks[last_row, last_column] = (side[:, None] != side) * -100.0
+    for last_row, last_column in product(range(2), repeat=2):
+        side = (2 * last_row * half[:, None] + last_column * half).flatten()
+        masks[last_row, last_column] = (side[:, None] != side) * -100.0
     return masks
 
 
