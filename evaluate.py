@@ -18,12 +18,10 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-import utils.more_metrics  # noqa: F401  registers its metrics
 from utils.common import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
@@ -37,11 +35,11 @@ from utils.common import (
 from utils.data.images import find_modalities
 from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.evaluation import tables
-from utils.evaluation.folders import Evaluation, Scorer, evaluate
+from utils.evaluation.folders import Evaluation, evaluate
 from utils.evaluation.plots import import_figure, plot
 from utils.evaluation.scores import Row, format_excluded
 from utils.evaluation.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
-from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
+from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS
 
 METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
 
@@ -86,7 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
     add("--jobs", type=int, help="processes (default: one for each processor)")
-    add("--device", help="score with torch on this device, such as cuda, instead of numpy (needs torch)")
     add("--verify-data", nargs="?", const="", metavar="DIR",
         help="compare the sets in this folder with results/manifests/ and exit "
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
@@ -119,8 +116,7 @@ def run(args: argparse.Namespace) -> int:
         protocols=list(PROTOCOLS) if args.compare_protocols else [args.protocol],
         metrics=metrics,
         baselines=args.baselines,
-        jobs=1 if args.device else args.jobs,
-        scorer=device_scorer(args.device, metrics) if args.device else score,
+        jobs=args.jobs,
     )
     for line in (*evaluation.problems, *evaluation.notes):
         print(f"warning: {line}", file=sys.stderr)
@@ -176,8 +172,6 @@ def check_options(args: argparse.Namespace, methods: Collection[str]) -> None:
         raise InputError(f"--digits must be 0 to 12, got {args.digits}")
     if args.results and args.metrics and set(find_metrics(args.metrics)) != set(METRICS):
         raise InputError("--results keeps a row with every metric; leave out --metrics")
-    if args.results and args.device:
-        raise InputError("--results keeps what numpy computes; leave out --device")
     if args.compare_protocols and (args.stats or args.against or args.plot):
         raise InputError(
             "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against and --plot"
@@ -193,19 +187,6 @@ def check_options(args: argparse.Namespace, methods: Collection[str]) -> None:
     for folder in (args.plot, *(path.parent for path in (args.per_image, args.results) if path)):
         if folder:
             check_writable(folder)
-
-
-def device_scorer(device: str, metrics: Sequence[str]) -> Scorer:
-    try:
-        from utils.evaluation.metrics_torch import TWINS, score_on
-    except ImportError as error:
-        raise InputError(f"--device needs torch ({error}); leave it out to score with numpy") from None
-    from utils.inference.fusing import pick_device
-
-    without = set(metrics) - set(TWINS)
-    if without:
-        raise InputError(f"--device: no torch version of {listed(without)}; choose --metrics from {' '.join(TWINS)}")
-    return partial(score_on, pick_device(device))
 
 
 def report(args: argparse.Namespace, evaluation: Evaluation) -> None:

@@ -187,10 +187,6 @@ def test_colour_is_scored_by_the_documented_grey_rule(scene, capsys):
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--compare-protocols", "--stats"], "choose one --protocol"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--stats", "--format", "csv"], "print text or JSON"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--results", "{}/r.csv", "--metrics", "EN"], "every metric"),
-        (
-            ["--fused", "{}/Maximum", "--data", "{}/SMALL", "--device", "cpu", "--metrics", "AG"],
-            "no torch version of AG",
-        ),
         (["--verify-data", "{}"], "holds none of the published sets"),
         (["--verify-data", "{}/nowhere"], "no folder at"),
     ],
@@ -335,13 +331,6 @@ def test_without_matplotlib_there_is_one_clear_line(scene, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = run(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--plot", scene / "plots")
     assert code == 2 and err.splitlines()[-1].endswith("pip install matplotlib")
-
-
-def test_torch_scores_the_same(scene, capsys):
-    options = ("--fused", scene / "Maximum", "--data", scene / "SMALL")
-    _, numpy_, _ = run_json(capsys, *options)
-    _, torch_, _ = run_json(capsys, *options, "--device", "cpu")
-    assert torch_["rows"][0]["mean"] == pytest.approx(numpy_["rows"][0]["mean"], rel=1e-6)
 
 
 def test_every_metric_is_described(capsys):

@@ -20,7 +20,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import utils.more_metrics  # noqa: F401  registers its metrics
 from utils.common import InputError, listed, progress
 from utils.data.images import Pair, PairList, list_pairs, read_grey, to_uint8
 from utils.data.manifests import list_digest, pair_digest
