@@ -670,8 +670,7 @@ def _halve(planes: np.ndarray, means: np.ndarray, taps: np.ndarray) -> np.ndarra
 
 
 @metric("Qabf", "edge preservation", high=0.9994 * 0.9879, min_side=3,
-        choices="where both edges are equally strong, G = 1 (standard) or that strength (all others), "
-                "which tang-2022 has on 0..1, so that rounding decides up to 2 %",
+        choices="equal edges: G = 1 (standard) or their strength (others; tang-2022 on 0..1: rounding decides 2 %)",
         reference="Xydeas and Petrovic, Electron. Lett. 36(4), 2000")  # fmt: skip
 def qabf(images: Images, protocol: str) -> float:
     """Edge information carried over from the sources, weighted by edge strength (Qabf).
@@ -877,8 +876,7 @@ def mean_squared_error(images: Images, protocol: str) -> float:
 
 
 @metric("PSNR", "peak signal-to-noise ratio", unit="dB", low=-math.inf,
-        choices="peak: largest value of the fused image (paper) or 255; tang: MSE on 0..1 beside peak "
-                "255, 48.13 dB too high; vifb: RMSE over the number of pixels in the place of the MSE",
+        choices="peak max(fused) (paper) or 255; tang: MSE on 0..1, 48.13 dB too high; vifb: RMSE instead of MSE",
         reference="Jagalingam and Hegde, Aquatic Procedia 4, 2015")  # fmt: skip
 def psnr(images: Images, protocol: str) -> float:
     """Peak signal-to-noise ratio against both sources (PSNR).
@@ -970,17 +968,21 @@ def ms_ssim(images: Images, protocol: str) -> float:
 def _similarity(planes: np.ndarray, with_luminance: bool) -> np.ndarray:
     """Mean similarity of F with A and B, (3, h, w) -> (2,), with or without the factor of luminance."""
     centre = planes.mean(axis=(1, 2), keepdims=True)  # variances of what is left lose fewer digits
-    centred = planes - centre
-    products = np.concatenate([centred, centred * centred, centred[0] * centred[1:]])
-    averages = _filter_rows(_filter_columns(products, _WINDOW), _WINDOW)
-    means, squares, covariances = averages[:3], averages[3:6], averages[6:]
-    covariances = covariances - means[0] * means[1:]
-    variances = squares - means * means
-    similarity = (2 * covariances + _C2) / (variances[0] + variances[1:] + _C2)
-    if with_luminance:
-        means = means + centre
-        similarity *= (2 * means[0] * means[1:] + _C1) / (means[0] ** 2 + means[1:] ** 2 + _C1)
-    return similarity.mean(axis=(1, 2))
+    height, width = (side - len(_WINDOW) + 1 for side in planes.shape[1:])
+    total = np.zeros(2)
+    for top in range(0, height, _ROWS):
+        centred = planes[:, top : top + _ROWS + len(_WINDOW) - 1] - centre
+        products = np.concatenate([centred, centred * centred, centred[0] * centred[1:]])
+        averages = _filter_rows(_filter_columns(products, _WINDOW), _WINDOW)
+        means, squares, covariances = averages[:3], averages[3:6], averages[6:]
+        covariances = covariances - means[0] * means[1:]
+        variances = squares - means * means
+        similarity = (2 * covariances + _C2) / (variances[0] + variances[1:] + _C2)
+        if with_luminance:
+            means = means + centre
+            similarity *= (2 * means[0] * means[1:] + _C1) / (means[0] ** 2 + means[1:] ** 2 + _C1)
+        total += similarity.sum(axis=(1, 2))
+    return total / (height * width)
 
 
 def _blocks_of_two(planes: np.ndarray) -> np.ndarray:
@@ -1074,7 +1076,7 @@ def qcb(images: Images, protocol: str) -> float:
         blurred.append(_filter_rows(_filter_columns(seen, taps), taps))
     with np.errstate(divide="ignore", invalid="ignore"):
         contrast = np.abs(blurred[0] / blurred[1] - 1)
-        contrast = contrast**3 / (contrast**2 + 0.0001)
+        contrast *= contrast**2 / (contrast**2 + 0.0001)
         fused, sources = contrast[0], contrast[1:]
         quality = np.minimum(fused, sources) / np.maximum(fused, sources)
         value = float(np.mean(np.sum(sources**2 * quality, axis=0) / np.sum(sources**2, axis=0)))
@@ -1104,7 +1106,8 @@ def qcv(images: Images, protocol: str) -> float:
     if planes is None:
         return math.nan
     gx, gy = _sobel_sums(np.pad(planes[1:], ((0, 0), (1, 1), (1, 1))))
-    weights = _block_sums((gx * gx + gy * gy) ** 2.5)
+    squares = gx * gx + gy * gy
+    weights = _block_sums(squares**2 * np.sqrt(squares))
     angle = 0.144 * _frequencies(images.shape) / 4
     sensitivity = 2.6 * (0.0192 + angle) * np.exp(-(angle**1.1))
     distances = _block_sums(_filter_spectrum(planes[1:] - planes[0], sensitivity) ** 2) / 256
