@@ -1,14 +1,14 @@
 """Scores folders of fused images, whatever made them, and says under which protocol.
 
     python evaluate.py --fused fused/MyMethod --ir ir --vi vi
-    python evaluate.py --fused A B C=path/to/c --data test_img/TNO --baselines --against A --plot plots
+    python evaluate.py --fused A B C=path/to/c --data test_img/TNO --against A --format latex   # for a paper
     python evaluate.py --fused A --data test_img/TNO --compare-protocols    # why two papers differ
     python evaluate.py --verify-data test_img                               # is my copy the published one?
     python evaluate.py --list-metrics                                       # what is Qabf?
 
 Names are matched without their suffix: fused/01.png belongs to ir/01.jpg and vi/01.bmp. Colour is scored as grey,
-0.299 R + 0.587 G + 0.114 B rounded half to even. Give the infrared, CT, PET or SPECT folder as --ir and the visible
-or MRI folder as --vi; exchanging them changes no value.
+0.299 R + 0.587 G + 0.114 B rounded half to even, and under --protocol vifb channel by channel. Give the infrared, CT,
+PET or SPECT folder as --ir and the visible or MRI folder as --vi; exchanging them changes no value.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-import utils.more_metrics  # noqa: F401  registers its metrics
 from utils.common import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
@@ -37,56 +34,42 @@ from utils.common import (
 from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.data.pairs import find_modalities
 from utils.evaluation import tables
-from utils.evaluation.folders import Evaluation, Scorer, evaluate
-from utils.evaluation.plots import import_figure, plot
+from utils.evaluation.folders import Evaluation, evaluate
+from utils.evaluation.plots import box_plots, import_figure
 from utils.evaluation.scores import Row, format_excluded
-from utils.evaluation.statistics import compare, format_statistics, import_wilcoxon, mean_intervals, mean_ranks
-from utils.metrics import METRICS, PAPER_TABLE, PROTOCOLS, score
-
-METRIC_GROUPS = {"table": PAPER_TABLE, "all": tuple(METRICS)}
+from utils.evaluation.statistics import LEVEL, compare, format_statistics, mean_intervals, mean_ranks
+from utils.metrics import METRICS, PROTOCOLS, TABLES, canonical
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--fused",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="fused images, one folder a method",
-    )
+    add("--fused", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
+        help="fused images, one folder a method")  # fmt: skip
     add("--ir", type=Path, metavar="DIR", help="infrared (or CT, PET, SPECT) sources")
     add("--vi", type=Path, metavar="DIR", help="visible (or MRI) sources")
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="instead of --ir and --vi: a folder with vi/ and ir/, or MRI/ and CT/ ...",
-    )
+    add("--data", type=Path, metavar="DIR",
+        help="instead of --ir and --vi: a folder with vi/ and ir/, or MRI/ and CT/ ...")  # fmt: skip
     protocols = parser.add_mutually_exclusive_group()
-    protocols.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="default: paper")
-    protocols.add_argument("--compare-protocols", action="store_true", help="the same images under each protocol")
+    protocols.add_argument("--protocol", choices=PROTOCOLS, default="paper",
+        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: paper)")  # fmt: skip
+    protocols.add_argument("--compare-protocols", action="store_true",
+        help="the same images under each protocol, and which choice makes each difference")  # fmt: skip
     add("--metrics", nargs="+", metavar="NAME",
-        help=f"table (the default: {' '.join(PAPER_TABLE)}), all (the default with --results), "
+        help="table (the default: the columns of the protocol's own tables), all (the default with --results), "
         f"or any of {' '.join(METRICS)}")  # fmt: skip
     add("--baselines", action="store_true", help="rows for either source alone and for their average")
     add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
-    add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm "
-        "(needs scipy)")  # fmt: skip
-    add("--format", choices=tables.FORMATS, default="text", help="default: text")
+    add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm; "
+        "daggers in md and latex")  # fmt: skip
+    add("--format", choices=tables.FORMATS, default="text",
+        help="default: text; latex: a table for booktabs, with caption and label")  # fmt: skip
     add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
     add("--per-image", type=Path, metavar="FILE", help="also write one line an image into this CSV file")
-    add(
-        "--plot",
-        type=Path,
-        metavar="DIR",
-        help="also write boxplots.png, and ranks.png of two methods or more (needs matplotlib)",
-    )
+    add("--plot", type=Path, metavar="FILE",
+        help="also write box plots of each metric, such as to plot.png (needs matplotlib)")  # fmt: skip
     add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
     add("--jobs", type=int, help="processes (default: one for each processor)")
-    add("--device", help="score with torch on this device, such as cuda, instead of numpy (needs torch)")
     add("--verify-data", nargs="?", const="", metavar="DIR",
         help="compare the sets in this folder with results/manifests/ and exit "
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
@@ -101,32 +84,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.list_metrics:
-        print(tables.describe_metrics())
+        emit(tables.describe_metrics())
         return 0
     if args.verify_data is not None:
         return verify_data(args.verify_data)
     vis_folder, ir_folder = find_sources(args)
-    set_folder = args.data or vis_folder.parent
-    methods = name_methods(args.fused, set_folder.resolve().name)
+    set_name = (args.data or vis_folder.parent).resolve().name
+    methods = name_methods(args.fused, set_name)
     if not methods and not args.baselines:
         raise InputError("nothing to score: name folders of fused images with --fused, or ask for --baselines")
-    check_options(args, methods)
-    metrics = find_metrics(args.metrics or ["all" if args.results else "table"])
-    evaluation = evaluate(
-        methods,
-        vis_folder,
-        ir_folder,
-        protocols=list(PROTOCOLS) if args.compare_protocols else [args.protocol],
-        metrics=metrics,
-        baselines=args.baselines,
-        jobs=1 if args.device else args.jobs,
-        scorer=device_scorer(args.device, metrics) if args.device else score,
-    )
+    protocols = list(TABLES) if args.compare_protocols else [canonical(args.protocol)]
+    if args.protocol not in TABLES:
+        print(f"note: protocol {args.protocol} is {PROTOCOLS[args.protocol]}", file=sys.stderr)
+    metrics = find_metrics(args.metrics or ["all" if args.results else "table"], protocols)
+    check_options(args, methods, metrics)
+    evaluation = evaluate(methods, vis_folder, ir_folder, protocols, metrics, args.baselines, args.jobs)
     for line in (*evaluation.problems, *evaluation.notes):
         print(f"warning: {line}", file=sys.stderr)
     if not evaluation.rows:
         raise InputError("not one image could be scored; see the warnings above")
-    report(args, evaluation)
+    report(args, evaluation, set_name)
     return EXIT_BAD_INPUT if evaluation.problems else 0
 
 
@@ -160,112 +137,108 @@ def name_methods(values: Sequence[str], set_name: str) -> dict[str, Path]:
     return methods
 
 
-def find_metrics(names: Sequence[str]) -> list[str]:
-    chosen = [key for name in names for key in METRIC_GROUPS.get(name, (name,))]
+def find_metrics(names: Sequence[str], protocols: Sequence[str]) -> list[str]:
+    """Names of metrics and groups -> the metrics, each once. The table of several protocols has all their columns."""
+    table = [key for protocol in protocols for key in TABLES[protocol]]
+    groups = {"table": table, "all": list(METRICS)}
+    chosen = [key for name in names for key in groups.get(name, [name])]
     unknown = [key for key in chosen if key not in METRICS]
     if unknown:
         raise InputError(f"--metrics: unknown {listed(unknown)}; choose table, all, or from {' '.join(METRICS)}")
     return list(dict.fromkeys(chosen))
 
 
-def check_options(args: argparse.Namespace, methods: Collection[str]) -> None:
+def check_options(args: argparse.Namespace, methods: Collection[str], metrics: Sequence[str]) -> None:
     """What can be known to be wrong before the first image is scored."""
     if args.jobs is not None and args.jobs < 1:
         raise InputError(f"--jobs must be 1 or more, got {args.jobs}")
     if not 0 <= args.digits <= 12:
         raise InputError(f"--digits must be 0 to 12, got {args.digits}")
-    if args.results and args.metrics and set(find_metrics(args.metrics)) != set(METRICS):
+    if args.results and set(metrics) != set(METRICS):
         raise InputError("--results keeps a row with every metric; leave out --metrics")
-    if args.results and args.device:
-        raise InputError("--results keeps what numpy computes; leave out --device")
-    if args.compare_protocols and (args.stats or args.against or args.plot):
+    if args.compare_protocols and (args.stats or args.against or args.plot or args.format == "latex"):
         raise InputError(
-            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against and --plot"
+            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against, --plot and "
+            "--format latex"
         )
-    if args.format in ("csv", "latex", "md") and (args.stats or args.against):
-        raise InputError(f"--stats and --against print text or JSON; leave out --format {args.format}")
-    if args.against:
-        import_wilcoxon()
-        if not set(methods) - {args.against}:
-            raise InputError(f"--against {args.against}: there is no other method to test; name more with --fused")
+    if args.format in ("latex", "md") and args.stats:
+        raise InputError(f"--stats prints text or JSON; leave out --format {args.format}")
+    if args.against and not set(methods) - {args.against}:
+        raise InputError(f"--against {args.against}: there is no other method to test; name more with --fused")
     if args.plot:
         import_figure()
-    for folder in (args.plot, *(path.parent for path in (args.per_image, args.results) if path)):
-        if folder:
-            check_writable(folder)
+    for path in filter(None, (args.per_image, args.results, args.plot)):
+        check_writable(path.parent)
 
 
-def device_scorer(device: str, metrics: Sequence[str]) -> Scorer:
-    try:
-        from utils.evaluation.metrics_torch import TWINS, score_on
-    except ImportError as error:
-        raise InputError(f"--device needs torch ({error}); leave it out to score with numpy") from None
-    from utils.inference.fusing import pick_device
-
-    without = set(metrics) - set(TWINS)
-    if without:
-        raise InputError(f"--device: no torch version of {listed(without)}; choose --metrics from {' '.join(TWINS)}")
-    return partial(score_on, pick_device(device))
-
-
-def report(args: argparse.Namespace, evaluation: Evaluation) -> None:
+def report(args: argparse.Namespace, evaluation: Evaluation, set_name: str) -> None:
+    """Writes files first, then prints: who reads what is printed may close the pipe."""
     rows, commit = evaluation.rows, git_commit()
     facts = provenance(rows, commit)
+    comparisons = compare(rows, find_row(rows, args.against)) if args.against else []
+    if args.per_image:
+        tables.write_per_image(args.per_image, rows)
+    if args.results:
+        tables.update_results(args.results, rows, commit)
+    if args.plot:
+        box_plots(args.plot, rows, facts[0])
+    for path in filter(None, (args.per_image, args.results, args.plot)):
+        print(f"written: {path}", file=sys.stderr)
+
     intervals = {row.method: mean_intervals(row) for row in rows} if args.stats else {}
     ranks = mean_ranks(rows) if args.stats else {}
-    comparisons = compare(rows, find_row(rows, args.against)) if args.against else []
-
+    verdicts = {(c.method, c.metric): c.verdict() for c in comparisons}
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    style = {"md": tables.MARKDOWN, "latex": tables.LATEX}.get(
+        args.format, tables.TERMINAL if terminal else tables.PLAIN
+    )
+    if args.format != "latex" and not can_print("↑↓"):
+        style = style._replace(higher="^", lower="v")
+    draw = tables.markdown_table if args.format == "md" else tables.align
     if args.format == "json":
         more = {"numpy": np.__version__, "protocols": {row.protocol: PROTOCOLS[row.protocol] for row in rows}}
         if args.stats:
             more |= {"intervals": intervals, "mean_ranks": ranks}
         if args.against:
             more |= {"against": args.against, "comparisons": [vars(c) for c in comparisons]}
-        print(tables.format_json(rows, commit, **without_nan(more)))
-    elif args.format == "csv":
-        print(tables.format_csv(rows, commit))
-    elif args.format == "md":
-        print("\n\n".join([tables.format_markdown(rows, args.digits), "  \n".join(facts)]))
+        emit(tables.format_json(rows, commit, **more))
+    elif args.compare_protocols:
+        parts = [
+            tables.protocol_lines(rows, name, args.digits, style) for name in dict.fromkeys(r.method for r in rows)
+        ]
+        emit("\n\n".join([*map(draw, parts), "\n".join(facts)]))
     elif args.format == "latex":
-        print("\n".join([tables.format_latex(rows, args.digits), *(f"% {line}" for line in facts)]))
+        lines = tables.table_lines(rows, args.digits, style, verdicts)
+        emit("\n".join([tables.latex_table(lines, rows, set_name, args.against), *(f"% {line}" for line in facts)]))
+    elif args.format == "md":
+        if args.against:
+            facts.append(f"†: significantly worse than {args.against}, ‡: better (Wilcoxon, Holm, p < {LEVEL})")
+        emit(draw(tables.table_lines(rows, args.digits, style, verdicts)) + "\n\n" + "  \n".join(facts))
     else:
-        print(tables.format_text(rows, args.digits, *terminal()))
-        for line in (*excluded(rows), *facts):
-            print(line)
-        for part in format_statistics(intervals, ranks, comparisons, args.against, args.digits):
-            print("\n" + part)
+        table = "\n".join([draw(tables.table_lines(rows, args.digits, style)), *excluded(rows), *facts])
+        emit("\n\n".join([table, *format_statistics(intervals, ranks, comparisons, args.against, args.digits)]))
 
-    written = []
-    if args.per_image:
-        tables.write_per_image(args.per_image, rows)
-        written.append(args.per_image)
-    if args.results:
-        tables.update_results(args.results, rows, commit)
-        written.append(args.results)
-    if args.plot:
-        written += plot(args.plot, rows, facts[0])
-    for path in written:
-        print(f"written: {path}", file=sys.stderr)
+
+def emit(text: str) -> None:
+    """Prints what the console can show, with a question mark for the rest; a reader who has seen enough may go."""
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+def can_print(text: str) -> bool:
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, "replace").decode(encoding) == text
 
 
 def excluded(rows: Sequence[Row]) -> list[str]:
     """Lines about means that leave images out. Where none has a value, the table says so by itself."""
     lines = []
     for row in rows:
-        sheet = replace(row.sheet, label=f"{row.method}, {row.protocol}")
-        lines += format_excluded([sheet], [key for key, value in sheet.mean().items() if not np.isnan(value)])
+        lines += format_excluded([row.sheet], [key for key, value in row.sheet.mean().items() if not np.isnan(value)])
     return lines
-
-
-def terminal() -> tuple[tuple[tables.Mark, tables.Mark], bool]:
-    """How to mark the best values on standard output, and whether it can show arrows."""
-    try:
-        "↑↓".encode(sys.stdout.encoding or "ascii")
-        unicode = True
-    except UnicodeEncodeError:
-        unicode = False
-    escapes = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return (tables.TERMINAL if escapes else tables.PLAIN), unicode
 
 
 def provenance(rows: Sequence[Row], commit: str) -> list[str]:
@@ -286,7 +259,7 @@ def provenance(rows: Sequence[Row], commit: str) -> list[str]:
         lines.append(
             "rows about different images cannot be compared; the best are marked among those like the first row"
         )
-    return [*lines, *(f"{protocol}: {PROTOCOLS[protocol]}" for protocol in protocols)]
+    return [*lines, *map(tables.describe_protocol, protocols)]
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
@@ -294,15 +267,6 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
         if row.method == name:
             return row
     raise InputError(f"--against {name}: no such row; choose one of {', '.join(row.method for row in rows)}")
-
-
-def without_nan(value: object) -> object:
-    """JSON has neither NaN nor infinity: null instead."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def verify_data(where: str) -> int:

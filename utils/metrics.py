@@ -1,121 +1,84 @@
-"""Image-fusion quality metrics on 8-bit grey images: EN SD SF MI SCD VIF Qabf SSIM AG CC MSE PSNR.
+"""Image-fusion quality metrics, every one under the protocol of an evaluator that papers use.
 
-Every public function takes (H, W) arrays of grey levels in [0, 255], of any integer or float dtype, and
-returns one float. `score` computes all twelve at once and shares the work between them. The fused image
-comes first; the two sources `a` and `b` may be exchanged without changing any value.
+    score(fused, a, b)                                   # the twelve metrics of CDDFuse's evaluator
+    score(fused, a, b, "vifb", metrics=TABLES["vifb"])   # the thirteen of VIFB
+    qabf(fused, a, b, protocol="tang-2022")              # one metric
 
-The same name means different numbers in different evaluators, so every number belongs to a protocol
-(`PROTOCOLS`): `paper` reproduces the evaluator published with CDDFuse, quirks included; `standard` is the
-textbook; `toolbox` is the MATLAB convention that many papers print. `METRICS` holds for each metric its
-name, direction, unit, range and reference, so that a table can say what it prints.
+Images are (H, W) numpy arrays of grey levels in [0, 255], of any integer or float dtype; under `vifb` also (H, W, 3).
+The fused image comes first. The sources `a` and `b` may be exchanged without changing any value.
 
-Three rules hold everywhere. Arithmetic is float64. An input that has no answer gives a documented value or
-NaN, decided explicitly, never a warning. An input that would give a wrong answer (NaN, values outside
-[0, 255], fractions that look scaled to [0, 1], images too small) raises an error that says what was
-expected. Dark images are legal.
+The same name means different numbers in different evaluators, so every number belongs to a protocol (`PROTOCOLS`).
+`METRICS` holds for each metric its name, direction, unit, range, reference and what the protocols choose differently.
+A metric is one function under the decorator `metric`, here or in a file of yours.
 
-`utils/more_metrics.py` adds further metrics to the same registry when it is imported (`register`).
+Three rules hold everywhere. Arithmetic is float64. An input that has no answer gives a documented value or NaN,
+decided explicitly, never a warning. An input that would give a wrong answer (NaN, values outside [0, 255], fractions
+that look scaled to [0, 1], images too small) raises an error that says what was expected. Dark images are legal.
 
 Needs numpy and nothing else; the file can be copied into another project as it is.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-__all__ = [
-    "METRICS",
-    "PAPER_TABLE",
-    "PROTOCOLS",
-    "Metric",
-    "average_gradient",
-    "correlation_coefficient",
-    "entropy",
-    "mean_squared_error",
-    "mutual_information",
-    "psnr",
-    "qabf",
-    "register",
-    "scd",
-    "score",
-    "spatial_frequency",
-    "ssim",
-    "standard_deviation",
-    "vif",
-]
+# --- Protocols -------------------------------------------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Protocols
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """What a protocol decides. A new protocol is a new row of `_RULES`, nothing else."""
-
-    description: str
-    ssim_range: float | None  # dynamic range L of SSIM; None: the protocol has no SSIM of this kind, so NaN
-    psnr_peak: float | None  # None: the largest value of the fused image
-    equal_strength_is_one: bool  # G of Qabf where both edges are equally strong; else G is that strength
-    mi_unit: float  # one unit of information in nats: 1, or ln 2 for bits
-    level_scale: float  # factor on grey levels inside SF, MSE and the MSE of PSNR
-    ag_drops_a_border: bool  # AG divides by (H - 1)(W - 1) instead of HW
-    prints_more: bool = True  # whether it prints metrics of utils/more_metrics.py as defined there; else NaN
-    units: dict[str, str] = field(default_factory=dict)  # where they differ from METRICS[key].unit
-
-
-_RULES = {
-    "paper": _Rules(
-        description="the evaluator published with CDDFuse: SSIM range 2, PSNR peak max(fused), MI in nats, "
-        "Qabf equal edges weighted by their strength",
-        ssim_range=2.0,
-        psnr_peak=None,
-        equal_strength_is_one=False,
-        mi_unit=1.0,
-        level_scale=1.0,
-        ag_drops_a_border=False,
-    ),
-    "standard": _Rules(
-        description="textbook definitions for 8-bit images: SSIM range 255, PSNR peak 255, MI in nats, "
-        "Qabf equal edges count as 1",
-        ssim_range=255.0,
-        psnr_peak=255.0,
-        equal_strength_is_one=True,
-        mi_unit=1.0,
-        level_scale=1.0,
-        ag_drops_a_border=False,
-    ),
-    "toolbox": _Rules(
-        description="the MATLAB toolbox many papers print: MI in bits, SF and MSE on the 0..1 scale, "
-        "PSNR 48.13 dB higher, AG over (H-1)(W-1), no SSIM",
-        ssim_range=None,
-        psnr_peak=255.0,
-        equal_strength_is_one=False,
-        mi_unit=math.log(2.0),
-        level_scale=1.0 / 255.0,
-        ag_drops_a_border=True,
-        prints_more=False,
-        units={"MI": "bits", "SF": "0..1 levels per pixel", "MSE": "0..1 levels squared"},
-    ),
+PROTOCOLS = {
+    "paper": "the evaluator published with CDDFuse: SSIM range 2, PSNR peak max(fused), MI in nats, "
+    "Qabf equal edges weighted by their strength",
+    "standard": "textbook definitions for 8-bit images: SSIM range 255, PSNR peak 255, MI in nats, "
+    "Qabf equal edges count as 1",
+    "vifb": "the benchmark VIFB (2020): 13 metrics, colour images channel by channel; SSIM 11 x 11 Gaussian, "
+    "PSNR from the RMSE over the number of pixels, MI in nats",
+    "tang-2022": "the MATLAB toolbox of Tang as in its published tables: 8-bit saturation in SD (under 16) and VIF, "
+    "SF and MSE on 0..1, MI in bits, PSNR 48.13 dB higher, no SSIM",
+    "tang-2023": "the MATLAB toolbox of Tang since March 2023: SD, VIF, SF and Qabf as in `paper`; MI in bits, "
+    "MSE on 0..1, PSNR 48.13 dB higher, no SSIM",
+    "toolbox": "another name of tang-2022; until version 0.1 a mixture of tang-2022 and tang-2023",
 }
-
-PROTOCOLS = {name: rules.description for name, rules in _RULES.items()}
 """Protocol name -> one line that says what is particular about it."""
 
+ALIASES = {"toolbox": "tang-2022"}
+TANG = ("tang-2022", "tang-2023")
 
-def _rules_of(protocol: str) -> _Rules:
+PAPER_TABLE = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM")
+"""The columns of the published CDDFuse tables, in order."""
+
+TWELVE = (*PAPER_TABLE, "AG", "CC", "MSE", "PSNR")
+"""The metrics of CDDFuse's evaluator, which `score` returns by default."""
+
+_TANG_TABLE = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "AG", "CC", "MSE", "PSNR")
+TABLES = {
+    "paper": PAPER_TABLE,
+    "standard": PAPER_TABLE,
+    "vifb": ("AG", "CE", "EI", "EN", "MI", "PSNR", "Qabf", "Qcb", "Qcv", "RMSE", "SF", "SSIM", "SD"),
+    "tang-2022": _TANG_TABLE,
+    "tang-2023": _TANG_TABLE,
+}
+"""Protocol -> the columns that its tables print. `paper` and `standard` define every other metric too; under the
+protocols of VIFB and Tang a metric outside their table is NaN."""
+
+
+def canonical(protocol: str) -> str:
+    """The protocol's own name, where an alias was given.
+
+    Raises:
+        ValueError: there is no such protocol.
+
+    >>> canonical("toolbox")
+    'tang-2022'
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}, expected one of: {', '.join(PROTOCOLS)}")
-    return _RULES[protocol]
+    return ALIASES.get(protocol, protocol)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# All metrics at once
-# ---------------------------------------------------------------------------------------------------------
+# --- All metrics at once ---------------------------------------------------------------------------------------------
 
 
 def score(
@@ -125,23 +88,25 @@ def score(
     protocol: str = "paper",
     metrics: Iterable[str] | None = None,
 ) -> dict[str, float]:
-    """All metrics of one fused image, or those named, under one protocol.
+    """All metrics of one fused image, or those named, under one protocol; work is shared between them.
 
     Args:
-        fused: grey image, shape (H, W), range [0, 255]. To score a file, pass what was read back from it.
-        a: first source, same shape and range.
-        b: second source, same shape and range.
+        fused: grey image, shape (H, W), range [0, 255]. To score a file, pass what was read back from it. Under `vifb`
+            also (H, W, 3), red first: then every metric is the mean over the channels, but for SF, which takes the
+            channels side by side as one image.
+        a: first source, same height, width and range; (H, W, 3) only beside such a fused image.
+        b: second source, likewise.
         protocol: a name from `PROTOCOLS`.
-        metrics: names from `METRICS`, in the order wanted; None means the twelve of this file. Leave out VIF
-            to score images with a side shorter than 41.
+        metrics: names from `METRICS`, in the order wanted; None means `TWELVE`. Leave out VIF to score images with a
+            side shorter than 41.
 
     Returns:
         Name -> value, in the order of `metrics`. NaN where a metric has no value (each docstring says when).
 
     Raises:
         TypeError: an image is not a numpy array of integers or floats.
-        ValueError: unknown protocol or metric; an image is not (H, W), is smaller than a metric needs, of
-            another shape than the fused one, not finite, outside [0, 255] or scaled to [0, 1].
+        ValueError: unknown protocol or metric; an image is not (H, W), is smaller than a metric needs, of another
+            shape than the fused one, not finite, outside [0, 255] or scaled to [0, 1].
 
     >>> y, x = np.mgrid[0:48, 0:64]
     >>> a, b = (x * y) % 256, (3 * x + y * y) % 256
@@ -151,407 +116,131 @@ def score(
     >>> score((a + b) // 2, a, b, metrics=["MSE", "EN"]) == {"MSE": values["MSE"], "EN": values["EN"]}
     True
     """
-    rules = _rules_of(protocol)
-    keys = list(TWELVE) if metrics is None else list(metrics)
+    return _scores((fused, a, b), protocol, TWELVE if metrics is None else metrics)
+
+
+def _scores(images: tuple[np.ndarray, ...], protocol: str, keys: Iterable[str]) -> dict[str, float]:
+    protocol, keys = canonical(protocol), list(keys)
     for key in keys:
         if key not in METRICS:
             raise ValueError(f"unknown metric {key!r}, expected names from: {', '.join(METRICS)}")
-    images = _Images(fused, a, b)
+    if protocol == "vifb" and np.ndim(images[0]) == 3:
+        fused = images[0]
+        channels = [
+            _scores(tuple(image if np.ndim(image) == 2 else image[..., k] for image in images), protocol, keys)
+            for k in range(fused.shape[2])
+        ]
+        values = {key: float(np.mean([channel[key] for channel in channels])) for key in keys}
+        if "SF" in keys:
+            values["SF"] = spatial_frequency(np.concatenate(np.moveaxis(fused, 2, 0), axis=1), protocol)
+        return values
+    checked = Images(*images)
     for key in keys:
-        images.require_side(key)
-    return {key: METRICS[key].compute(images, rules) for key in keys}
+        checked.require_side(key, METRICS[key].min_side)
+    return {key: METRICS[key].compute(checked, protocol) if defines(protocol, key) else math.nan for key in keys}
 
 
-def _measure(key: str, protocol: str, *images: np.ndarray) -> float:
-    rules, checked = _rules_of(protocol), _Images(*images)
-    checked.require_side(key)
-    return METRICS[key].compute(checked, rules)
+def defines(protocol: str, key: str) -> bool:
+    """Whether a metric has a value under a protocol.
+
+    >>> defines("paper", "Qcb"), defines("tang-2022", "SSIM")
+    (True, False)
+    """
+    return protocol in ("paper", "standard") or key in TABLES[canonical(protocol)]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One-image metrics
-# ---------------------------------------------------------------------------------------------------------
+# --- The registry ----------------------------------------------------------------------------------------------------
 
 
-def entropy(fused: np.ndarray) -> float:
-    """Shannon entropy of the grey-level histogram (EN).
+@dataclass(frozen=True)
+class Metric:
+    """What a table needs to know about a metric. Unit and range hold for `paper` and `standard`."""
 
-    EN = -sum_k p_k log2 p_k over the 256 grey levels. Fractions are rounded to the nearest level first, half
-    to even, as published.
+    key: str  # column name
+    name: str
+    better: str  # "higher" or "lower"
+    unit: str
+    value_range: tuple[float, float]
+    reference: str
+    min_side: int  # shortest legal side of the images, in pixels
+    takes_sources: bool  # function(fused, a, b, protocol), or function(fused, protocol)
+    choices: str  # what the protocols choose differently, "" if nothing
+    units: Mapping[str, str]  # of the protocols that have another unit
+    function: Callable[..., float]  # the public one
+    compute: Callable[["Images", str], float] = field(repr=False)
 
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
+    def unit_in(self, protocol: str) -> str:
+        """The unit under a protocol; "" for a pure number.
 
-    Returns:
-        Bits, in [0, 8]. Larger means more levels are in use, which noise also causes. A constant image
-        gives 0.
+        >>> METRICS["MI"].unit_in("paper"), METRICS["MI"].unit_in("tang-2022")
+        ('nats', 'bits')
+        """
+        return self.units.get(canonical(protocol), self.unit)
+
+
+METRICS: dict[str, Metric] = {}
+"""Column name -> `Metric`: `TWELVE` in the order in which `score` returns them, then the others."""
+
+
+def metric(
+    key: str,
+    name: str,
+    *,
+    reference: str,
+    better: str = "higher",
+    unit: str = "",
+    low: float = 0.0,
+    high: float = math.inf,
+    min_side: int = 1,
+    takes_sources: bool = True,
+    choices: str = "",
+    units: Mapping[str, str] | None = None,
+) -> Callable[[Callable[["Images", str], float]], Callable[..., float]]:
+    """Decorator: makes a metric of a function of (checked images, protocol), and adds it to `METRICS`.
+
+    The decorated function is called as (fused, a, b, protocol="paper"), or (fused, protocol="paper"). Arguments are
+    the fields of `Metric`.
 
     Raises:
-        TypeError: fused is not a numpy array of integers or floats.
-        ValueError: fused is not (H, W), empty, not finite, outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Roberts, van Aardt and Ahmed, J. Appl. Remote Sens. 2(1), 2008.
-
-    >>> entropy(np.array([[0, 50], [100, 255]], dtype=np.uint8))
-    2.0
+        ValueError: the key is taken.
     """
-    return _measure("EN", "paper", fused)
-
-
-def standard_deviation(fused: np.ndarray) -> float:
-    """Population standard deviation of the grey levels (SD).
-
-    SD = sqrt(mean((F - mean(F))^2)), divided by the number of pixels N, not N - 1.
-
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
-
-    Returns:
-        Grey levels, in [0, 127.5]. Larger means more contrast. A constant image gives 0.
-
-    Raises:
-        TypeError: fused is not a numpy array of integers or floats.
-        ValueError: fused is not (H, W), empty, not finite, outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        The released CDDFuse accumulates in float32; we use float64, which agrees to about 1e-6.
-
-    >>> standard_deviation(np.array([[10, 20], [10, 20]], dtype=np.uint8))
-    5.0
-    """
-    return _measure("SD", "paper", fused)
-
-
-def spatial_frequency(fused: np.ndarray, protocol: str = "paper") -> float:
-    """Root mean square of horizontal and vertical grey-level steps (SF).
-
-    SF = sqrt(mean(dx^2) + mean(dy^2)), with dx, dy the first differences. `toolbox` divides by 255.
-
-    Args:
-        fused: grey image, shape (H, W) with H, W >= 2, range [0, 255].
-        protocol: a name from `PROTOCOLS`.
-
-    Returns:
-        Grey levels per pixel, in [0, 360.7]. Larger means busier, which noise also causes.
-
-    Raises:
-        TypeError: fused is not a numpy array of integers or floats.
-        ValueError: unknown protocol; fused is not (H, W), a side is shorter than 2, or its values are not
-            finite, outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Eskicioglu and Fisher, IEEE Trans. Commun. 43(12), 1995. They divide by H*W; we divide by the
-        number of differences, as the released CDDFuse does.
-
-    >>> spatial_frequency(np.array([[0, 3], [4, 7]], dtype=np.uint8))
-    5.0
-    """
-    return _measure("SF", protocol, fused)
-
-
-def average_gradient(fused: np.ndarray, protocol: str = "paper") -> float:
-    """Mean gradient magnitude (AG).
-
-    AG = mean(sqrt((Gx^2 + Gy^2) / 2)), with central differences (f(x+1) - f(x-1)) / 2 inside and one-sided
-    ones, not halved, at the borders. `toolbox` divides the sum by (H-1)(W-1) instead of HW.
-
-    Args:
-        fused: grey image, shape (H, W) with H, W >= 2, range [0, 255].
-        protocol: a name from `PROTOCOLS`.
-
-    Returns:
-        Grey levels per pixel, in [0, 255]. Larger means sharper or noisier.
-
-    Raises:
-        TypeError: fused is not a numpy array of integers or floats.
-        ValueError: unknown protocol; fused is not (H, W), a side is shorter than 2, or its values are not
-            finite, outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Cui, Feng, Xu, Li and Chen, Opt. Commun. 341, 2015. The border rule is that of the released CDDFuse
-        and of MATLAB's gradient.
-
-    >>> average_gradient(np.array([[0, 6, 12], [6, 12, 18], [12, 18, 24]], dtype=np.uint8))
-    6.0
-    """
-    return _measure("AG", protocol, fused)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Metrics that compare the fused image with its two sources
-# ---------------------------------------------------------------------------------------------------------
-
-
-def mutual_information(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol: str = "paper") -> float:
-    """Mutual information of the fused image with each source, added (MI).
-
-    MI = I(F, A) + I(F, B), I(X, Y) = sum p(x, y) ln(p(x, y) / (p(x) p(y))) over the joint 256 x 256
-    histogram, not normalised. Nats under `paper` and `standard` (textbooks use either base, and one unit in
-    both keeps the columns comparable); bits under `toolbox`, which are nats / ln 2. Fractions are rounded to
-    the nearest level first, half to even, like those of `entropy`.
-
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-        protocol: a name from `PROTOCOLS`.
-
-    Returns:
-        Nats (or bits), in [0, 2 ln 256]. 0 where an image is constant; twice the entropy if all are the same.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: unknown protocol; an image is not (H, W), empty, of another shape than fused, not finite,
-            outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Qu, Zhang and Yan, Electron. Lett. 38(7), 2002. Where an image holds fractions, the released CDDFuse
-        takes every distinct value for a label of its own, which drives each term towards ln(H W). On whole
-        levels, which is all that it ever reads, it agrees with us.
-
-    >>> image = np.array([[0, 0], [9, 9]], dtype=np.uint8)
-    >>> round(mutual_information(image, image, 255 - image), 12) == round(2 * math.log(2), 12)
-    True
-    """
-    return _measure("MI", protocol, fused, a, b)
-
-
-def mean_squared_error(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol: str = "paper") -> float:
-    """Mean squared difference from the sources, averaged over the two (MSE).
-
-    MSE = (mean((A - F)^2) + mean((B - F)^2)) / 2. `toolbox` measures on the 0..1 scale: divided by 255^2.
-
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-        protocol: a name from `PROTOCOLS`.
-
-    Returns:
-        Grey levels squared, in [0, 65025]. Smaller means closer to the average of the sources.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: unknown protocol; an image is not (H, W), empty, of another shape than fused, not finite,
-            outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Jagalingam and Hegde, Aquatic Procedia 4, 2015.
-
-    >>> mean_squared_error(*(np.full((2, 2), level) for level in (10, 12, 16)))
-    20.0
-    """
-    return _measure("MSE", protocol, fused, a, b)
-
-
-def psnr(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol: str = "paper") -> float:
-    """Peak signal-to-noise ratio against both sources (PSNR).
-
-    PSNR = 10 log10(peak^2 / MSE), with the MSE of `mean_squared_error`. The peak is the largest value of the
-    fused image under `paper` and 255 otherwise. `toolbox` divides 255^2 by an MSE on the 0..1 scale, which
-    puts it 20 log10(255) = 48.13 dB above `standard`.
-
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-        protocol: a name from `PROTOCOLS`.
-
-    Returns:
-        Decibels. Infinite where MSE = 0. Under `paper` a black fused image gives -inf, and NaN if the sources
-        are black as well (0 / 0).
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: unknown protocol; an image is not (H, W), empty, of another shape than fused, not finite,
-            outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Jagalingam and Hegde, Aquatic Procedia 4, 2015.
-
-    >>> psnr(*(np.full((2, 2), level) for level in (100, 90, 110)))
-    20.0
-    """
-    return _measure("PSNR", protocol, fused, a, b)
-
-
-def correlation_coefficient(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """Mean Pearson correlation of the fused image with its sources (CC).
-
-    CC = (r(A, F) + r(B, F)) / 2.
-
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-
-    Returns:
-        In [-1, 1]. NaN where one of the three images is constant.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: an image is not (H, W), empty, of another shape than fused, not finite, outside
-            [0, 255] or scaled to [0, 1].
-
-    Source:
-        Deshmukh and Bhosale, Int. J. Image Process. 4(5), 2010.
-
-    >>> image = np.array([[0, 10], [20, 30]], dtype=np.uint8)
-    >>> correlation_coefficient(image, image, 255 - image)
-    0.0
-    """
-    return _measure("CC", "paper", fused, a, b)
-
-
-def scd(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """Sum of the correlations of differences (SCD).
-
-    SCD = r(A, F - B) + r(B, F - A), r the Pearson correlation: what fusing added to one source should look
-    like the other.
-
-    Args:
-        fused: grey image, shape (H, W), range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-
-    Returns:
-        In [-2, 2]. NaN where a source, F - A or F - B is constant, for example where F = A.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: an image is not (H, W), empty, of another shape than fused, not finite, outside
-            [0, 255] or scaled to [0, 1].
-
-    Source:
-        Aslantas and Bendes, AEU Int. J. Electron. Commun. 69(12), 2015.
-
-    >>> a, b = np.array([[0, 10], [0, 10]]), np.array([[0, 0], [10, 10]])
-    >>> round(scd(a + b, a, b), 12)
-    2.0
-    """
-    return _measure("SCD", "paper", fused, a, b)
-
-
-def vif(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """Visual information fidelity in the pixel domain, added over the sources (VIF).
-
-    VIF = v(A, F) + v(B, F), v(R, F) = sum log(1 + g^2 s_R / (s_V + 2)) / sum log(1 + s_R / 2) over all
-    pixels of four scales, where locally g = cov(R, F) / s_R is the gain of F over R, s_R the variance of R
-    and s_V = s_F - g cov(R, F) what the gain leaves unexplained. Local means are Gaussian of N = 17, 9, 5, 3
-    taps with sigma N / 5, valid pixels only; between scales the images are smoothed and every second row and
-    column is kept. The noise variance is 2.
-
-    Args:
-        fused: grey image, shape (H, W) with H, W >= 41, range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-
-    Returns:
-        >= 0, 2 for F = A = B. It can exceed 2 where F has more contrast than its sources. A constant source
-        counts as 1.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: an image is not (H, W), a side is shorter than 41, or an image is of another shape than
-            fused, not finite, outside [0, 255] or scaled to [0, 1]. Below 41 the coarsest scale is empty; the
-            released CDDFuse then returns a number without meaning.
-
-    Source:
-        Sheikh and Bovik, IEEE Trans. Image Process. 15(2), 2006; for fusion, Han, Cai, Cao and Xu,
-        Inf. Fusion 14(2), 2013. The windows are separable, so each is applied as two 1-D filters.
-
-    >>> y, x = np.mgrid[0:48, 0:64]
-    >>> image = (x * y) % 256
-    >>> round(vif(image, image, image), 6)
-    2.0
-    """
-    return _measure("VIF", "paper", fused, a, b)
-
-
-def qabf(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol: str = "paper") -> float:
-    """Edge information carried over from the sources, weighted by edge strength (Qabf).
-
-    Qabf = sum(Q_A g_A + Q_B g_B) / sum(g_A + g_B), with g the Sobel strength of a source and Q = Q_g Q_a from
-    Q_g = 0.9994 / (1 + exp(-15 (G - 0.5))), G the weaker of the two strengths over the stronger, and
-    Q_a = 0.9879 / (1 + exp(-22 (D - 0.8))), D = 1 - |angle_S - angle_F| / (pi / 2). Zeros surround the image.
-
-    Args:
-        fused: grey image, shape (H, W) with H, W >= 3, range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-        protocol: a name from `PROTOCOLS`. Where both edges are equally strong, G = 1 under `standard`; under
-            `paper` and `toolbox` G is that strength itself, as published.
-
-    Returns:
-        In [0, 0.988]; about 0.975 for F = A = B. NaN where both sources are zero everywhere: a constant image
-        that is not black still has edges against the zeros around it.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: unknown protocol; an image is not (H, W), a side is shorter than 3, or an image is of
-            another shape than fused, not finite, outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Xydeas and Petrovic, Electron. Lett. 36(4), 2000. Angles are arctan(gy / gx) in (-pi/2, pi/2], so that
-        the difference of two can reach pi and D can reach -1, as in the released CDDFuse.
-
-    >>> y, x = np.mgrid[0:48, 0:64]
-    >>> image = (x * y) % 256
-    >>> 0.97 < qabf(image, image, image) < 0.98
-    True
-    """
-    return _measure("Qabf", protocol, fused, a, b)
-
-
-def ssim(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol: str = "paper") -> float:
-    """Structural similarity to each source, added (SSIM).
-
-    SSIM = S(F, A) + S(F, B), S the mean over all whole 7 x 7 windows of
-    (2 m_x m_y + C1)(2 v_xy + C2) / ((m_x^2 + m_y^2 + C1)(v_x + v_y + C2)), uniform weights, variances
-    divided by 48, C1 = (0.01 L)^2, C2 = (0.03 L)^2. The dynamic range L is 255 under `standard`. It is 2
-    under `paper`: the released CDDFuse leaves it to scikit-image, which guessed 2 for every float image until
-    0.19. With L = 2, C1 and C2 all but vanish, and flat regions are decided by tiny variances.
-
-    Args:
-        fused: grey image, shape (H, W) with H, W >= 7, range [0, 255].
-        a: first source, same shape and range.
-        b: second source, same shape and range.
-        protocol: a name from `PROTOCOLS`.
-
-    Returns:
-        In [-2, 2], 2 for F = A = B. NaN under `toolbox`, whose SSIM is another function that we do not have.
-
-    Raises:
-        TypeError: an image is not a numpy array of integers or floats.
-        ValueError: unknown protocol; an image is not (H, W), a side is shorter than 7, or an image is of
-            another shape than fused, not finite, outside [0, 255] or scaled to [0, 1].
-
-    Source:
-        Wang, Bovik, Sheikh and Simoncelli, IEEE Trans. Image Process. 13(4), 2004. They use a Gaussian window
-        and one image pair.
-
-    >>> y, x = np.mgrid[0:48, 0:64]
-    >>> image = (x * y) % 256
-    >>> round(ssim(image, image, image, protocol="standard"), 12)
-    2.0
-    """
-    return _measure("SSIM", protocol, fused, a, b)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checked images, and what several metrics need of them
-# ---------------------------------------------------------------------------------------------------------
-
-_STRIP_ROWS = 32  # rows worked on at a time: few enough to stay in the cache, enough to be worth a call
+    if key in METRICS:
+        raise ValueError(f"a metric called {key!r} is registered already")
+
+    def decorate(compute: Callable[["Images", str], float]) -> Callable[..., float]:
+        def of_three(fused: np.ndarray, a: np.ndarray, b: np.ndarray, protocol: str = "paper") -> float:
+            return _scores((fused, a, b), protocol, [key])[key]
+
+        def of_one(fused: np.ndarray, protocol: str = "paper") -> float:
+            return _scores((fused,), protocol, [key])[key]
+
+        function = functools.wraps(compute)(of_three if takes_sources else of_one)
+        del function.__wrapped__  # else help() would show the arguments of `compute`
+        scale = f"{unit or 'No unit'}, in [{low:.6g}, {high:.6g}]; {better} is better; sides >= {min_side} pixels."
+        function.__doc__ = (
+            f"{(compute.__doc__ or name).rstrip()}\n\n    {scale}\n    Arguments and errors as of `score`.\n\n"
+            f"    Source:\n        {reference}\n    "
+        )
+        METRICS[key] = Metric(
+            key, name, better, unit, (low, high), reference, min_side, takes_sources, choices, units or {}, function,
+            compute,
+        )  # fmt: skip
+        return function
+
+    return decorate
+
+
+# --- Checked images, and what several metrics need of them -----------------------------------------------------------
+
+_ROWS = 32  # worked on at a time: few enough to stay in the cache, enough to be worth a call
 
 
 @dataclass(frozen=True)
 class _Moments:
     """Population variances and covariances, in grey levels squared.
 
-    The differences are moments of their own, because var(F) + var(A) - 2 cov(F, A) loses all digits where F
-    is close to A.
+    The differences are moments of their own, because var(F) + var(A) - 2 cov(F, A) loses all digits where F is close
+    to A.
     """
 
     variances: np.ndarray  # of F, A, B, F - A, F - B: (5,); of F alone without sources: (1,)
@@ -559,7 +248,7 @@ class _Moments:
     with_difference: np.ndarray  # cov(A, F - B), cov(B, F - A): (2,)
 
 
-class _Images:
+class Images:
     """The fused image, alone or with its two sources, checked; shared results are computed once.
 
     `grey` is the list of them as given, in the order fused, a, b.
@@ -574,8 +263,7 @@ class _Images:
                 shapes = f"fused {self.shape} and {name} {image.shape}"
                 raise ValueError(f"fused and {name} must have the same shape, got {shapes}")
 
-    def require_side(self, key: str) -> None:
-        needed = METRICS[key].min_side
+    def require_side(self, key: str, needed: int) -> None:
         if min(self.shape) < needed:
             raise ValueError(f"{key} needs images with sides >= {needed}, got {self.shape}")
 
@@ -613,16 +301,26 @@ class _Images:
                 with_fused += (a @ f, b @ f)
                 with_difference += (a @ f_minus_b, b @ f_minus_a)
         variances /= planes.shape[1]
-        # A standard deviation under 1e-10 grey levels is rounding, not signal: one 8-bit pixel that differs
-        # by one level among 100 million gives 1e-4.
+        # A standard deviation under 1e-10 grey levels is rounding, not signal: one 8-bit pixel that differs by one
+        # level among 100 million gives 1e-4.
         variances[variances < 1e-20] = 0
         return _Moments(variances, with_fused / planes.shape[1], with_difference / planes.shape[1])
 
     @cached_property
-    def squared_error(self) -> float:
-        """Mean squared difference of F from A and B, averaged over the two, in grey levels squared."""
+    def squared_errors(self) -> np.ndarray:
+        """Mean squared differences of F from A and from B, in grey levels squared: (2,)."""
         offsets = self.means[0] - self.means[1:]
-        return float(np.mean(self.moments.variances[3:] + offsets**2))
+        return self.moments.variances[3:] + offsets**2
+
+    @cached_property
+    def min_max_normalised(self) -> np.ndarray | None:
+        """VIFB's whole levels 0..255, half rounded up: (3, H, W) float64. Black images stay black; None where another
+        image is constant."""
+        planes = np.stack(self.grey).astype(np.float64)
+        low, high = (of(planes, axis=(1, 2), keepdims=True) for of in (np.min, np.max))
+        if ((low == high) & (high > 0)).any():
+            return None
+        return np.floor((planes - low) / np.where(high > low, high - low, 1) * 255 + 0.5)
 
 
 def _checked(image: np.ndarray, name: str) -> np.ndarray:
@@ -649,74 +347,206 @@ def _checked(image: np.ndarray, name: str) -> np.ndarray:
     return image
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Computation: one function per metric, (images, rules) -> float
-# ---------------------------------------------------------------------------------------------------------
+def _gaussian(side: int, sigma: float) -> np.ndarray:
+    offsets = np.arange(side) - (side - 1) / 2
+    weights = np.exp(-(offsets**2) / (2 * sigma**2))
+    return weights / weights.sum()
 
 
-def _entropy(images: _Images, rules: _Rules) -> float:
-    counts = np.bincount(images.levels[0].ravel())
+# Filtering is a product with a banded matrix. Taken a few outputs at a time the band fills most of that matrix, and
+# the product is several times faster than adding shifted copies of the image.
+
+_BLOCK = 12  # outputs of one matrix product, found by measurement
+
+
+def _band(taps: np.ndarray, outputs: int, step: int) -> np.ndarray:
+    band = np.zeros((outputs, (outputs - 1) * step + len(taps)))
+    for i, row in enumerate(band):
+        row[i * step : i * step + len(taps)] = taps
+    return band
+
+
+def _filter_columns(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
+    """Whole windows along the columns, every step-th: (n, H, W) -> (n, (H - len(taps)) // step + 1, W)."""
+    count, height, width = planes.shape
+    out = np.empty((count, (height - len(taps)) // step + 1, width))
+    block = _BLOCK // step
+    band = _band(taps, block, step)
+    # At most 2^18 products at a time: above that BLAS starts threads, which cost more than they gain.
+    columns = 2**18 // band.size
+    for top in range(0, out.shape[1], block):
+        target = out[:, top : top + block]
+        reach = (target.shape[1] - 1) * step + len(taps)
+        for left in range(0, width, columns):
+            source = planes[:, top * step : top * step + reach, left : left + columns]
+            np.matmul(band[: target.shape[1], :reach], source, out=target[:, :, left : left + columns])
+    return out
+
+
+def _filter_rows(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
+    """Whole windows along the rows, every step-th: (n, H, W) -> (n, H, (W - len(taps)) // step + 1)."""
+    count, height, width = planes.shape
+    lines = planes.reshape(count * height, width)
+    out = np.empty((count * height, (width - len(taps)) // step + 1))
+    block = _BLOCK // step
+    band = np.ascontiguousarray(_band(taps, block, step).T)
+    for left in range(0, out.shape[1], block):
+        target = out[:, left : left + block]
+        reach = (target.shape[1] - 1) * step + len(taps)
+        np.matmul(lines[:, left * step : left * step + reach], band[:reach, : target.shape[1]], out=target)
+    return out.reshape(count, height, -1)
+
+
+def _sobel_sums(padded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sobel sums gx, gy in the dtype given: (n, h + 2, w + 2) -> two of (n, h, w).
+
+    The signs are those of a convolution, which flips the kernels; they matter where an angle of +pi/2, given to
+    gx = 0, meets one close to -pi/2.
+    """
+    smooth = 2 * padded[:, 1:-1]
+    smooth += padded[:, :-2]
+    smooth += padded[:, 2:]
+    gx = smooth[:, :, :-2] - smooth[:, :, 2:]
+    smooth = 2 * padded[:, :, 1:-1]
+    smooth += padded[:, :, :-2]
+    smooth += padded[:, :, 2:]
+    return gx, smooth[:, 2:] - smooth[:, :-2]
+
+
+def _sobel_sums_as_conv2(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`_sobel_sums` with the terms added in the order of MATLAB's conv2, which decides ties between fractions."""
+    above, same, below = p[:, :-2], p[:, 1:-1], p[:, 2:]
+    left, middle, right = slice(None, -2), slice(1, -1), slice(2, None)
+    gx = -below[..., right] - 2 * same[..., right] - above[..., right]
+    gx = gx + below[..., left] + 2 * same[..., left] + above[..., left]
+    gy = below[..., right] - above[..., right] + 2 * below[..., middle] - 2 * above[..., middle]
+    return gx, gy + below[..., left] - above[..., left]
+
+
+def _edges(gx: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Strength and angle in (-pi/2, pi/2] of Sobel sums, float64."""
+    gx, gy = gx.astype(np.float64, copy=False), gy.astype(np.float64, copy=False)
+    strength = gx * gx
+    strength += gy * gy
+    np.sqrt(strength, out=strength)
+    upright = gx == 0
+    gx[upright] = 1
+    gy /= gx
+    gy[upright] = np.inf
+    return strength, np.arctan(gy, out=gy)
+
+
+# --- The twelve ------------------------------------------------------------------------------------------------------
+
+
+@metric("EN", "entropy", unit="bits", high=8.0, takes_sources=False,
+        reference="Roberts, van Aardt and Ahmed, J. Appl. Remote Sens. 2(1), 2008")  # fmt: skip
+def entropy(images: Images, protocol: str) -> float:
+    """Shannon entropy of the grey-level histogram (EN).
+
+    EN = -sum_k p_k log2 p_k over the 256 grey levels. Fractions are rounded to the nearest level first, half to even,
+    as published. Larger means more levels are in use, which noise also causes. A constant image gives 0.
+
+    >>> entropy(np.array([[0, 50], [100, 255]], dtype=np.uint8))
+    2.0
+    """
+    return _bits(np.bincount(images.levels[0].ravel()))
+
+
+def _bits(counts: np.ndarray) -> float:
     p = counts[counts > 0] / counts.sum()
     return float(-np.sum(p * np.log2(p))) + 0.0  # + 0.0 turns the -0.0 of a constant image into 0.0
 
 
-def _standard_deviation(images: _Images, rules: _Rules) -> float:
+@metric("SD", "standard deviation", unit="grey levels", high=127.5, takes_sources=False,
+        choices="tang-2022: 8-bit saturation, never above 15.97",
+        reference="population standard deviation, no single source; VIFB calls it Variance (Rao, Meas. "
+                  "Sci. Technol. 8(4), 1997)")  # fmt: skip
+def standard_deviation(images: Images, protocol: str) -> float:
+    """Population standard deviation of the grey levels (SD).
+
+    SD = sqrt(mean((F - mean(F))^2)), divided by the number of pixels N, not N - 1. Larger means more contrast.
+    `tang-2022` computes in uint8: differences are rounded, those below 0 become 0, and squares end at 255.
+
+    >>> standard_deviation(np.array([[10, 20], [10, 20]], dtype=np.uint8))
+    5.0
+    """
+    if protocol == "tang-2022":
+        above = np.floor(images.levels[0] - images.means[0] + 0.5).clip(min=0)
+        return math.sqrt(np.mean(np.minimum(above * above, 255)))
     return math.sqrt(images.moments.variances[0])
 
 
-def _spatial_frequency(images: _Images, rules: _Rules) -> float:
+@metric("SF", "spatial frequency", unit="grey levels per pixel", high=255.0 * math.sqrt(2.0), min_side=2,
+        takes_sources=False, choices="tang-2022: on 0..1; vifb: both sums over all elements, the channels side by side",
+        units={"tang-2022": "0..1 levels per pixel"},
+        reference="Eskicioglu and Fisher, IEEE Trans. Commun. 43(12), 1995")  # fmt: skip
+def spatial_frequency(images: Images, protocol: str) -> float:
+    """Root mean square of horizontal and vertical grey-level steps (SF).
+
+    SF = sqrt(mean(dx^2) + mean(dy^2)), with dx, dy the first differences, each averaged over its own number, as the
+    released CDDFuse does; Eskicioglu and Fisher, and `vifb`, divide both sums by H W. Larger means busier, which noise
+    also causes.
+
+    >>> spatial_frequency(np.array([[0, 3], [4, 7]], dtype=np.uint8))
+    5.0
+    """
     fused = images.grey[0].astype(np.float64)
-    return math.sqrt(sum(np.mean(np.diff(fused, axis=axis) ** 2) for axis in (0, 1))) * rules.level_scale
+    squares = [np.diff(fused, axis=axis) ** 2 for axis in (0, 1)]
+    if protocol == "vifb":
+        return math.sqrt(sum(np.sum(square) for square in squares) / fused.size)
+    value = math.sqrt(sum(np.mean(square) for square in squares))
+    return value / 255.0 if protocol == "tang-2022" else value
 
 
-def _average_gradient(images: _Images, rules: _Rules) -> float:
-    fused = images.grey[0].astype(np.float64)
-    height, width = fused.shape
-    squares = _central_differences(fused) ** 2 + _central_differences(fused.T).T ** 2
-    pixels = (height - 1) * (width - 1) if rules.ag_drops_a_border else height * width
-    return float(np.sum(np.sqrt(squares / 2))) / pixels
+@metric("MI", "mutual information", unit="nats", high=2.0 * math.log(256.0),
+        choices="tang: bits (1.4427 times), levels 254 and 255 share a bin of the joint histogram",
+        units=dict.fromkeys(TANG, "bits"),
+        reference="Qu, Zhang and Yan, Electron. Lett. 38(7), 2002")  # fmt: skip
+def mutual_information(images: Images, protocol: str) -> float:
+    """Mutual information of the fused image with each source, added (MI).
 
+    MI = I(F, A) + I(F, B), I(X, Y) = sum p(x, y) ln(p(x, y) / (p(x) p(y))) over the joint 256 x 256 histogram, not
+    normalised. Fractions are rounded to the nearest level first, half to even, like those of `entropy`. 0 where an
+    image is constant; twice the entropy if all are the same. Toolboxes of Tang give bits, and let levels 254 and 255
+    share a bin of the joint histogram but not of the single ones, so that their MI can exceed the entropy.
 
-def _central_differences(image: np.ndarray) -> np.ndarray:
-    """Along the first axis; one-sided and not halved in the first and last row."""
-    steps = np.empty_like(image)
-    steps[0], steps[-1] = image[1] - image[0], image[-1] - image[-2]
-    steps[1:-1] = (image[2:] - image[:-2]) / 2
-    return steps
+    The released CDDFuse takes every distinct value for a label of its own, which drives each term towards ln(H W)
+    where an image holds fractions. On whole levels, which is all that it ever reads, it agrees with us.
 
-
-def _mutual_information(images: _Images, rules: _Rules) -> float:
-    row = images.levels[0].astype(np.uint16) << 8
-    nats = 0.0
-    for source in images.levels[1:]:
-        joint = np.bincount((row | source).ravel(), minlength=256 * 256).reshape(256, 256).astype(np.float64)
+    >>> image = np.array([[0, 0], [9, 9]], dtype=np.uint8)
+    >>> round(mutual_information(image, image, 255 - image), 12) == round(2 * math.log(2), 12)
+    True
+    """
+    levels = np.minimum(images.levels, 254) if protocol in TANG else images.levels
+    row = levels[0].astype(np.uint16) << 8
+    total = 0.0
+    for i in (1, 2):
+        joint = np.bincount((row | levels[i]).ravel(), minlength=256 * 256)
+        if protocol in TANG:
+            total += sum(_bits(np.bincount(images.levels[k].ravel())) for k in (0, i)) - _bits(joint)
+            continue
+        joint = joint.reshape(256, 256).astype(np.float64)
         f, s = np.nonzero(joint)
         pairs = joint[f, s]
         # From counts, not frequencies: the ratio is then exactly 1, and MI exactly 0, for a constant image.
         ratio = pairs * row.size / (joint.sum(axis=1)[f] * joint.sum(axis=0)[s])
-        nats += max(0.0, float(np.sum(pairs * np.log(ratio))) / row.size)
-    return nats / rules.mi_unit
+        total += max(0.0, float(np.sum(pairs * np.log(ratio))) / row.size)
+    return total
 
 
-def _mean_squared_error(images: _Images, rules: _Rules) -> float:
-    return images.squared_error * rules.level_scale**2
+@metric("SCD", "sum of the correlations of differences", low=-2.0, high=2.0,
+        reference="Aslantas and Bendes, AEU Int. J. Electron. Commun. 69(12), 2015")  # fmt: skip
+def scd(images: Images, protocol: str) -> float:
+    """Sum of the correlations of differences (SCD).
 
+    SCD = r(A, F - B) + r(B, F - A), r the Pearson correlation: what fusing added to one source should look like the
+    other. NaN where a source, F - A or F - B is constant, for example where F = A.
 
-def _psnr(images: _Images, rules: _Rules) -> float:
-    error = _mean_squared_error(images, rules)
-    peak = float(images.grey[0].max()) if rules.psnr_peak is None else rules.psnr_peak
-    if error == 0:
-        return math.inf if peak > 0 else math.nan
-    return 10 * math.log10(peak**2 / error) if peak > 0 else -math.inf
-
-
-def _correlation_coefficient(images: _Images, rules: _Rules) -> float:
-    var_f, var_a, var_b = images.moments.variances[:3]
-    with_a, with_b = images.moments.with_fused
-    return (_pearson(with_a, var_a, var_f) + _pearson(with_b, var_b, var_f)) / 2
-
-
-def _scd(images: _Images, rules: _Rules) -> float:
+    >>> a, b = np.array([[0, 10], [0, 10]]), np.array([[0, 0], [10, 10]])
+    >>> round(scd(a + b, a, b), 12)
+    2.0
+    """
     _, var_a, var_b, var_f_minus_a, var_f_minus_b = images.moments.variances
     a_with_rest, b_with_rest = images.moments.with_difference
     return _pearson(a_with_rest, var_a, var_f_minus_b) + _pearson(b_with_rest, var_b, var_f_minus_a)
@@ -728,25 +558,44 @@ def _pearson(covariance: float, variance_x: float, variance_y: float) -> float:
     return float(covariance / math.sqrt(variance_x * variance_y))
 
 
-# --- VIF -------------------------------------------------------------------------------------------------
-
-_VIF_ROWS = 36  # in the cache at a time, and
-_VIF_BLOCK = 12  # outputs of one matrix product; both found by measurement
+_VIF_ROWS = 36  # in the cache at a time, found by measurement
 _VIF_TINY = 1e-10  # a variance below this is none
 _VIF_NOISE = 2.0  # variance of the observer's noise, in grey levels squared
 
 
-def _vif(images: _Images, rules: _Rules) -> float:
+@metric("VIF", "visual information fidelity", min_side=41,
+        choices="tang-2022: 8-bit saturation of the products of the first scale",
+        reference="Sheikh and Bovik, IEEE Trans. Image Process. 15(2), 2006; for fusion, Han, Cai, Cao "
+                  "and Xu, Inf. Fusion 14(2), 2013")  # fmt: skip
+def vif(images: Images, protocol: str) -> float:
+    """Visual information fidelity in the pixel domain, added over the sources (VIF).
+
+    VIF = v(A, F) + v(B, F), v(R, F) = sum log(1 + g^2 s_R / (s_V + 2)) / sum log(1 + s_R / 2) over all pixels of four
+    scales, where locally g = cov(R, F) / s_R is the gain of F over R, s_R the variance of R and s_V = s_F - g cov(R, F)
+    what the gain leaves unexplained. Local means are Gaussian of N = 17, 9, 5, 3 taps with sigma N / 5, valid pixels
+    only; between scales the images are smoothed and every second row and column is kept. The noise variance is 2.
+
+    2 for F = A = B; it can exceed 2 where F has more contrast than its sources. A constant source counts as 1. Below
+    41 pixels the coarsest scale is empty; the released CDDFuse then returns a number without meaning.
+
+    `tang-2022` multiplies in uint8 at the first scale: products end at 255, and that scale adds almost nothing.
+
+    >>> y, x = np.mgrid[0:48, 0:64]
+    >>> image = (x * y) % 256
+    >>> round(vif(image, image, image), 6)
+    2.0
+    """
     kept, total = np.zeros(2), np.zeros(2)  # information in F about A and B; information in A and B
     planes, means = images.planes, images.means[:, None, None]
     for side in (17, 9, 5, 3):
         taps = _gaussian(side, sigma=side / 5)
         if side < 17:
             planes, means = _halve(planes, means, taps), np.zeros_like(means)
-        for variances, covariances in _local_statistics(planes, means, taps):
+        saturate = protocol == "tang-2022" and side == 17
+        for variances, covariances in _local_statistics(planes, means, taps, saturate):
             fused, sources = variances[0], variances[1:]
-            # The published order of exceptions comes to this: no gain where it would be negative or where
-            # either variance is tiny, and no information in a source of tiny variance.
+            # The published order of exceptions comes to this: no gain where it would be negative or where either
+            # variance is tiny, and no information in a source of tiny variance.
             np.maximum(covariances, 0, out=covariances)
             if fused.min() < _VIF_TINY:
                 covariances *= fused >= _VIF_TINY
@@ -763,7 +612,7 @@ def _vif(images: _Images, rules: _Rules) -> float:
             gain += 1
             sources *= 1 / _VIF_NOISE
             sources += 1
-            kept += _sums_of_logs(gain)
+            kept += np.log(gain).sum(axis=(1, 2)) if saturate else _sums_of_logs(gain)
             total += _sums_of_logs(sources)
     # 0 / 0, a constant source, is 1 as published: nothing was there to be lost.
     return float(sum(k / t if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)))
@@ -778,25 +627,28 @@ def _sums_of_logs(factors: np.ndarray) -> np.ndarray:
 
 
 def _local_statistics(
-    planes: np.ndarray, means: np.ndarray, taps: np.ndarray
+    planes: np.ndarray, means: np.ndarray, taps: np.ndarray, saturate: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Weighted variances of F, A, B, (3, h, w), and covariances of F with A, B, (2, h, w), in strips of rows.
+    """Weighted variances of F, A, B, (3, h, w), and covariances of F with A, B, (2, h, w), for some rows at a time.
 
-    The weights are the outer product of `taps` with itself, over pixels with a whole window. Variances do not
-    depend on `means`, (3, 1, 1), but lose fewer digits without them, and a constant image becomes all 0. By
-    rounding, a variance can come out below 0.
+    The weights are the outer product of `taps` with itself, over pixels with a whole window. Variances do not depend
+    on `means`, (3, 1, 1), but lose fewer digits without them, and a constant image becomes all 0. By rounding, a
+    variance can come out below 0. With `saturate`, products of levels end at 255.
     """
     _, height, width = planes.shape
     overlap = len(taps) - 1
     rows = np.empty((8, _VIF_ROWS + overlap, width))  # F, A, B, FF, AA, BB, FA, FB
     for top in range(0, height - overlap, _VIF_ROWS):
-        strip = planes[:, top : top + _VIF_ROWS + overlap]
-        products = rows[:, : strip.shape[1]]
+        tile = planes[:, top : top + _VIF_ROWS + overlap]
+        products = rows[:, : tile.shape[1]]
         centred = products[:3]
-        centred[:] = strip
-        centred -= means
+        centred[:] = tile
+        if not saturate:
+            centred -= means
         np.multiply(centred, centred, out=products[3:6])
         np.multiply(centred[0], centred[1:], out=products[6:])
+        if saturate:
+            np.minimum(products[3:], 255, out=products[3:])
         averages = _filter_rows(_filter_columns(products, taps), taps)
         local_means, variances, covariances = averages[:3], averages[3:6], averages[6:]
         covariances -= local_means[0] * local_means[1:]
@@ -805,93 +657,68 @@ def _local_statistics(
         yield variances, covariances
 
 
-def _gaussian(side: int, sigma: float) -> np.ndarray:
-    offsets = np.arange(side) - (side - 1) / 2
-    weights = np.exp(-(offsets**2) / (2 * sigma**2))
-    return weights / weights.sum()
-
-
-# Filtering is a product with a banded matrix. Taken a few outputs at a time the band fills most of that
-# matrix, and the product is several times faster than adding shifted copies of the image.
-
-
-def _band(taps: np.ndarray, outputs: int, step: int) -> np.ndarray:
-    band = np.zeros((outputs, (outputs - 1) * step + len(taps)))
-    for i, row in enumerate(band):
-        row[i * step : i * step + len(taps)] = taps
-    return band
-
-
-def _filter_columns(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
-    """Whole windows along the columns, every step-th: (n, H, W) -> (n, (H - len(taps)) // step + 1, W)."""
-    count, height, width = planes.shape
-    out = np.empty((count, (height - len(taps)) // step + 1, width))
-    block = _VIF_BLOCK // step
-    band = _band(taps, block, step)
-    # Pieces of at most 2^18 products: above that BLAS starts threads, which cost more than they gain.
-    piece = 2**18 // band.size
-    for top in range(0, out.shape[1], block):
-        target = out[:, top : top + block]
-        reach = (target.shape[1] - 1) * step + len(taps)
-        for left in range(0, width, piece):
-            source = planes[:, top * step : top * step + reach, left : left + piece]
-            np.matmul(band[: target.shape[1], :reach], source, out=target[:, :, left : left + piece])
-    return out
-
-
-def _filter_rows(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
-    """Whole windows along the rows, every step-th: (n, H, W) -> (n, H, (W - len(taps)) // step + 1)."""
-    count, height, width = planes.shape
-    lines = planes.reshape(count * height, width)
-    out = np.empty((count * height, (width - len(taps)) // step + 1))
-    block = _VIF_BLOCK // step
-    band = np.ascontiguousarray(_band(taps, block, step).T)
-    for left in range(0, out.shape[1], block):
-        target = out[:, left : left + block]
-        reach = (target.shape[1] - 1) * step + len(taps)
-        np.matmul(lines[:, left * step : left * step + reach], band[:reach, : target.shape[1]], out=target)
-    return out.reshape(count, height, -1)
-
-
 def _halve(planes: np.ndarray, means: np.ndarray, taps: np.ndarray) -> np.ndarray:
     """Smooth planes - means, then keep every second row and column from 0: about (n, H / 2, W / 2)."""
     count, height, width = planes.shape
     out = np.empty((count, (height - len(taps)) // 2 + 1, (width - len(taps)) // 2 + 1))
     for top in range(0, out.shape[1], _VIF_ROWS):
         target = out[:, top : top + _VIF_ROWS]
-        strip = planes[:, 2 * top : 2 * (top + target.shape[1] - 1) + len(taps)].astype(np.float64)
-        strip -= means
-        target[:] = _filter_rows(_filter_columns(strip, taps, step=2), taps, step=2)
+        tile = planes[:, 2 * top : 2 * (top + target.shape[1] - 1) + len(taps)].astype(np.float64)
+        tile -= means
+        target[:] = _filter_rows(_filter_columns(tile, taps, step=2), taps, step=2)
     return out
 
 
-# --- Qabf ------------------------------------------------------------------------------------------------
+@metric("Qabf", "edge preservation", high=0.9994 * 0.9879, min_side=3,
+        choices="equal edges: G = 1 (standard) or their strength (others; tang-2022 on 0..1: rounding decides 2 %)",
+        reference="Xydeas and Petrovic, Electron. Lett. 36(4), 2000")  # fmt: skip
+def qabf(images: Images, protocol: str) -> float:
+    """Edge information carried over from the sources, weighted by edge strength (Qabf).
 
+    Qabf = sum(Q_A g_A + Q_B g_B) / sum(g_A + g_B), with g the Sobel strength of a source and Q = Q_g Q_a from
+    Q_g = 0.9994 / (1 + exp(-15 (G - 0.5))), G the weaker of the two strengths over the stronger, and
+    Q_a = 0.9879 / (1 + exp(-22 (D - 0.8))), D = 1 - |angle_S - angle_F| / (pi / 2). Zeros surround the image. Angles
+    are arctan(gy / gx) in (-pi/2, pi/2], so that the difference of two can reach pi and D can reach -1, as released.
 
-def _qabf(images: _Images, rules: _Rules) -> float:
-    padded = np.pad(images.planes, ((0, 0), (1, 1), (1, 1)))
+    Where both edges are equally strong, G = 1 under `standard`; otherwise G is that strength itself, as published.
+    About 0.975 for F = A = B. NaN where both sources are zero everywhere: a constant image that is not black still has
+    edges against the zeros around it.
+
+    >>> y, x = np.mgrid[0:48, 0:64]
+    >>> image = (x * y) % 256
+    >>> 0.97 < qabf(image, image, image) < 0.98
+    True
+    """
     # Sobel sums of whole levels stay within +-1020: exact in 16 bits, at a quarter of the traffic.
-    dtype = np.int16 if images.are_whole else np.float64
+    planes, dtype, sobel_sums = images.planes, np.int16 if images.are_whole else np.float64, _sobel_sums
+    if protocol == "tang-2022":
+        planes, dtype, sobel_sums = images.levels / 255, np.float64, _sobel_sums_as_conv2
+    padded = np.pad(planes, ((0, 0), (1, 1), (1, 1)))
     kept = total = 0.0
-    for top in range(0, images.shape[0], _STRIP_ROWS):
-        strength, angle = _sobel(padded[:, top : top + _STRIP_ROWS + 2].astype(dtype))
+    for top in range(0, images.shape[0], _ROWS):
+        strength, angle = _edges(*sobel_sums(padded[:, top : top + _ROWS + 2].astype(dtype)))
         fused, sources = strength[0], strength[1:]
         ratio = np.minimum(fused, sources)
         stronger = np.maximum(fused, sources)
         equal = ratio == stronger
         stronger[stronger == 0] = 1  # both 0: the pixel has no weight, any ratio will do
         ratio /= stronger
-        if not rules.equal_strength_is_one:
+        if protocol != "standard":
             # From 3 on the sigmoid is flat to the last bit, and exp would leave the range of a float.
             np.copyto(ratio, np.minimum(fused, 3), where=equal)
         difference = np.abs(angle[1:] - angle[0])
-        # Q = 0.9994 * 0.9879 / loss with loss = (1 + exp(-15 (G - 0.5))) (1 + exp(-22 (D - 0.8)))
-        # and D = 1 - difference / (pi / 2).
-        loss = _one_plus_exp(ratio, -15, 7.5)
-        loss *= _one_plus_exp(difference, 44 / np.pi, -4.4)
+        loss = _loss_of_edges(ratio, difference)
         kept += float(np.sum(np.divide(sources, loss, out=loss)))
         total += float(np.sum(sources))
     return 0.9994 * 0.9879 * kept / total if total > 0 else math.nan
+
+
+def _loss_of_edges(ratio: np.ndarray, difference: np.ndarray) -> np.ndarray:
+    """(1 + exp(-15 (G - 0.5))) (1 + exp(-22 (D - 0.8))), D = 1 - difference / (pi / 2), in place: then
+    Q = 0.9994 * 0.9879 / loss."""
+    loss = _one_plus_exp(ratio, -15, 7.5)
+    loss *= _one_plus_exp(difference, 44 / np.pi, -4.4)
+    return loss
 
 
 def _one_plus_exp(values: np.ndarray, slope: float, offset: float) -> np.ndarray:
@@ -903,52 +730,49 @@ def _one_plus_exp(values: np.ndarray, slope: float, offset: float) -> np.ndarray
     return values
 
 
-def _sobel(padded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Strength and angle in (-pi/2, pi/2] of the edges: (n, h + 2, w + 2) -> two of (n, h, w) float64.
-
-    The signs are those of a convolution, which flips the kernels; they matter where an angle of +pi/2, given
-    to gx = 0, meets one close to -pi/2.
-    """
-    smooth = 2 * padded[:, 1:-1]
-    smooth += padded[:, :-2]
-    smooth += padded[:, 2:]
-    gx = (smooth[:, :, :-2] - smooth[:, :, 2:]).astype(np.float64, copy=False)
-    smooth = 2 * padded[:, :, 1:-1]
-    smooth += padded[:, :, :-2]
-    smooth += padded[:, :, 2:]
-    gy = (smooth[:, 2:] - smooth[:, :-2]).astype(np.float64, copy=False)
-    strength = gx * gx
-    strength += gy * gy
-    np.sqrt(strength, out=strength)
-    upright = gx == 0
-    gx[upright] = 1
-    gy /= gx
-    gy[upright] = np.inf
-    return strength, np.arctan(gy, out=gy)
-
-
-# --- SSIM ------------------------------------------------------------------------------------------------
-
 _SSIM_SIDE = 7
 
 
-def _ssim(images: _Images, rules: _Rules) -> float:
-    if rules.ssim_range is None:
-        return math.nan
+@metric("SSIM", "structural similarity", low=-2.0, high=2.0, min_side=_SSIM_SIDE,
+        choices="dynamic range 2 (paper) or 255; window 7 x 7 uniform, or 11 x 11 Gaussian (vifb)",
+        reference="Wang, Bovik, Sheikh and Simoncelli, IEEE Trans. Image Process. 13(4), 2004, who use a "
+                  "Gaussian window and one image pair")  # fmt: skip
+def ssim(images: Images, protocol: str) -> float:
+    """Structural similarity to each source, added (SSIM).
+
+    SSIM = S(F, A) + S(F, B), S the mean over all whole 7 x 7 windows of
+    (2 m_x m_y + C1)(2 v_xy + C2) / ((m_x^2 + m_y^2 + C1)(v_x + v_y + C2)), uniform weights, variances divided by 48,
+    C1 = (0.01 L)^2, C2 = (0.03 L)^2. The dynamic range L is 255 under `standard`. It is 2 under `paper`: the released
+    CDDFuse leaves it to scikit-image, which guessed 2 for every float image until 0.19. With L = 2, C1 and C2 all but
+    vanish, and flat regions are decided by tiny variances. `vifb` has L = 255, a Gaussian window of 11 x 11 pixels with
+    sigma 1.5, and population variances.
+
+    2 for F = A = B. NaN under the protocols of Tang, whose SSIM is another function, without published values. Sides
+    >= 11 under `vifb`.
+
+    >>> y, x = np.mgrid[0:48, 0:64]
+    >>> image = (x * y) % 256
+    >>> round(ssim(image, image, image, protocol="standard"), 12)
+    2.0
+    """
+    if protocol == "vifb":
+        images.require_side("SSIM", len(_WINDOW))
+        return float(_similarity(images.planes.astype(np.float64), with_luminance=True).sum())
     # With whole levels everything up to the constants is a whole number below 2^29, exact in 32 bits.
     dtype = np.int32 if images.are_whole else np.float64
     count, overlap = _SSIM_SIDE**2, _SSIM_SIDE - 1
     # Sums instead of means and variances: numerator and denominator are multiplied by count^3 (count - 1).
-    c1 = (0.01 * rules.ssim_range) ** 2 * count**2
-    c2 = (0.03 * rules.ssim_range) ** 2 * count * (count - 1)
+    dynamic_range = 2.0 if protocol == "paper" else 255.0
+    c1 = (0.01 * dynamic_range) ** 2 * count**2
+    c2 = (0.03 * dynamic_range) ** 2 * count * (count - 1)
     total = 0.0
     height, width = (side - overlap for side in images.shape)
-    for top in range(0, height, _STRIP_ROWS):
-        strip = images.planes[:, top : top + _STRIP_ROWS + overlap].astype(dtype)
-        sums = _box_sums(strip)
-        squares = strip * strip
+    for top in range(0, height, _ROWS):
+        tile = images.planes[:, top : top + _ROWS + overlap].astype(dtype)
+        sums = _box_sums(tile)
+        squares = tile * tile
         variances = count * _box_sums(squares[0] + squares[1:])  # of F plus of A, of F plus of B
-        covariances = 2 * count * _box_sums(strip[0] * strip[1:])
+        covariances = 2 * count * _box_sums(tile[0] * tile[1:])
         products = 2 * sums[0] * sums[1:]
         sums *= sums
         squares = sums[0] + sums[1:]
@@ -978,8 +802,8 @@ def _box_sums(planes: np.ndarray) -> np.ndarray:
     tall = two[:, :-5] + two[:, 2:-3]
     tall += two[:, 4:-1]
     tall += planes[:, 6:]
-    # One long row per plane is quicker than many short ones. Rows run into each other only in the last six
-    # columns, which are cut off.
+    # One long row per plane is quicker than many short ones. Rows run into each other only in the last six columns,
+    # which are cut off.
     tall = tall.reshape(count, -1)
     two = tall[:, :-1] + tall[:, 1:]
     wide = np.empty_like(tall)
@@ -990,204 +814,324 @@ def _box_sums(planes: np.ndarray) -> np.ndarray:
     return wide.reshape(count, height - 6, width)[:, :, : width - 6]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Registry
-# ---------------------------------------------------------------------------------------------------------
+@metric("AG", "average gradient", unit="grey levels per pixel", high=255.0, min_side=2, takes_sources=False,
+        choices="the sum over HW pixels is divided by HW (paper, standard) or by (H-1)(W-1)",
+        reference="Cui, Feng, Xu, Li and Chen, Opt. Commun. 341, 2015")  # fmt: skip
+def average_gradient(images: Images, protocol: str) -> float:
+    """Mean gradient magnitude (AG).
 
+    AG = mean(sqrt((Gx^2 + Gy^2) / 2)), with central differences (f(x+1) - f(x-1)) / 2 inside and one-sided ones, not
+    halved, at the borders, as MATLAB's gradient. `vifb` and the toolboxes of Tang divide the sum by (H-1)(W-1) instead
+    of HW. Larger means sharper or noisier.
 
-@dataclass(frozen=True)
-class Metric:
-    """What a table needs to know about a metric. Unit and range hold for `paper` and `standard`."""
-
-    key: str  # column name
-    name: str
-    better: str  # "higher" or "lower"
-    unit: str
-    value_range: tuple[float, float]
-    reference: str
-    min_side: int  # shortest legal side of the images, in pixels
-    function: Callable[..., float]  # the public one
-    takes_sources: bool  # function(fused, a, b), or function(fused)
-    compute: Callable[[_Images, _Rules], float] = field(repr=False)
-
-    def unit_in(self, protocol: str) -> str:
-        """The unit under a protocol; "" for a pure number.
-
-        >>> METRICS["MI"].unit_in("paper"), METRICS["MI"].unit_in("toolbox")
-        ('nats', 'bits')
-        """
-        return _rules_of(protocol).units.get(self.key, self.unit)
-
-
-_TABLE = (
-    Metric(
-        key="EN",
-        name="entropy",
-        better="higher",
-        unit="bits",
-        value_range=(0.0, 8.0),
-        reference="Roberts, van Aardt and Ahmed, J. Appl. Remote Sens. 2(1), 2008",
-        min_side=1,
-        function=entropy,
-        takes_sources=False,
-        compute=_entropy,
-    ),
-    Metric(
-        key="SD",
-        name="standard deviation",
-        better="higher",
-        unit="grey levels",
-        value_range=(0.0, 127.5),
-        reference="population standard deviation, no single source",
-        min_side=1,
-        function=standard_deviation,
-        takes_sources=False,
-        compute=_standard_deviation,
-    ),
-    Metric(
-        key="SF",
-        name="spatial frequency",
-        better="higher",
-        unit="grey levels per pixel",
-        value_range=(0.0, 255.0 * math.sqrt(2.0)),
-        reference="Eskicioglu and Fisher, IEEE Trans. Commun. 43(12), 1995",
-        min_side=2,
-        function=spatial_frequency,
-        takes_sources=False,
-        compute=_spatial_frequency,
-    ),
-    Metric(
-        key="MI",
-        name="mutual information",
-        better="higher",
-        unit="nats",
-        value_range=(0.0, 2.0 * math.log(256.0)),
-        reference="Qu, Zhang and Yan, Electron. Lett. 38(7), 2002",
-        min_side=1,
-        function=mutual_information,
-        takes_sources=True,
-        compute=_mutual_information,
-    ),
-    Metric(
-        key="SCD",
-        name="sum of the correlations of differences",
-        better="higher",
-        unit="",
-        value_range=(-2.0, 2.0),
-        reference="Aslantas and Bendes, AEU Int. J. Electron. Commun. 69(12), 2015",
-        min_side=1,
-        function=scd,
-        takes_sources=True,
-        compute=_scd,
-    ),
-    Metric(
-        key="VIF",
-        name="visual information fidelity",
-        better="higher",
-        unit="",
-        value_range=(0.0, math.inf),
-        reference="Sheikh and Bovik, IEEE Trans. Image Process. 15(2), 2006; "
-        "for fusion, Han, Cai, Cao and Xu, Inf. Fusion 14(2), 2013",
-        min_side=41,
-        function=vif,
-        takes_sources=True,
-        compute=_vif,
-    ),
-    Metric(
-        key="Qabf",
-        name="edge preservation",
-        better="higher",
-        unit="",
-        value_range=(0.0, 0.9994 * 0.9879),
-        reference="Xydeas and Petrovic, Electron. Lett. 36(4), 2000",
-        min_side=3,
-        function=qabf,
-        takes_sources=True,
-        compute=_qabf,
-    ),
-    Metric(
-        key="SSIM",
-        name="structural similarity",
-        better="higher",
-        unit="",
-        value_range=(-2.0, 2.0),
-        reference="Wang, Bovik, Sheikh and Simoncelli, IEEE Trans. Image Process. 13(4), 2004",
-        min_side=_SSIM_SIDE,
-        function=ssim,
-        takes_sources=True,
-        compute=_ssim,
-    ),
-    Metric(
-        key="AG",
-        name="average gradient",
-        better="higher",
-        unit="grey levels per pixel",
-        value_range=(0.0, 255.0),
-        reference="Cui, Feng, Xu, Li and Chen, Opt. Commun. 341, 2015",
-        min_side=2,
-        function=average_gradient,
-        takes_sources=False,
-        compute=_average_gradient,
-    ),
-    Metric(
-        key="CC",
-        name="correlation coefficient",
-        better="higher",
-        unit="",
-        value_range=(-1.0, 1.0),
-        reference="Deshmukh and Bhosale, Int. J. Image Process. 4(5), 2010",
-        min_side=1,
-        function=correlation_coefficient,
-        takes_sources=True,
-        compute=_correlation_coefficient,
-    ),
-    Metric(
-        key="MSE",
-        name="mean squared error",
-        better="lower",
-        unit="grey levels squared",
-        value_range=(0.0, 255.0**2),
-        reference="Jagalingam and Hegde, Aquatic Procedia 4, 2015",
-        min_side=1,
-        function=mean_squared_error,
-        takes_sources=True,
-        compute=_mean_squared_error,
-    ),
-    Metric(
-        key="PSNR",
-        name="peak signal-to-noise ratio",
-        better="higher",
-        unit="dB",
-        value_range=(-math.inf, math.inf),
-        reference="Jagalingam and Hegde, Aquatic Procedia 4, 2015",
-        min_side=1,
-        function=psnr,
-        takes_sources=True,
-        compute=_psnr,
-    ),
-)
-
-METRICS = {metric.key: metric for metric in _TABLE}
-"""Column name -> `Metric`: the twelve of this file, in the order in which `score` returns them, then those that
-were registered."""
-
-TWELVE = tuple(METRICS)
-"""Names of the metrics of this file, which `score` returns by default."""
-
-
-def register(metric: Metric) -> None:
-    """Adds a metric to `METRICS`, so that `score` and every table know it by its key.
-
-    Raises:
-        ValueError: the key is taken.
+    >>> average_gradient(np.array([[0, 6, 12], [6, 12, 18], [12, 18, 24]], dtype=np.uint8))
+    6.0
     """
-    if metric.key in METRICS:
-        raise ValueError(f"a metric called {metric.key!r} is registered already")
-    METRICS[metric.key] = metric
+    fused = images.grey[0].astype(np.float64)
+    height, width = fused.shape
+    squares = _central_differences(fused) ** 2 + _central_differences(fused.T).T ** 2
+    pixels = height * width if protocol in ("paper", "standard") else (height - 1) * (width - 1)
+    return float(np.sum(np.sqrt(squares / 2))) / pixels
 
 
-PAPER_TABLE = ("EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM")
-"""The columns of the published CDDFuse tables, in order."""
+def _central_differences(image: np.ndarray) -> np.ndarray:
+    """Along the first axis; one-sided and not halved in the first and last row."""
+    steps = np.empty_like(image)
+    steps[0], steps[-1] = image[1] - image[0], image[-1] - image[-2]
+    steps[1:-1] = (image[2:] - image[:-2]) / 2
+    return steps
+
+
+@metric("CC", "correlation coefficient", low=-1.0, high=1.0,
+        reference="Deshmukh and Bhosale, Int. J. Image Process. 4(5), 2010")  # fmt: skip
+def correlation_coefficient(images: Images, protocol: str) -> float:
+    """Mean Pearson correlation of the fused image with its sources (CC).
+
+    CC = (r(A, F) + r(B, F)) / 2. NaN where one of the three images is constant.
+
+    >>> image = np.array([[0, 10], [20, 30]], dtype=np.uint8)
+    >>> correlation_coefficient(image, image, 255 - image)
+    0.0
+    """
+    var_f, var_a, var_b = images.moments.variances[:3]
+    with_a, with_b = images.moments.with_fused
+    return (_pearson(with_a, var_a, var_f) + _pearson(with_b, var_b, var_f)) / 2
+
+
+@metric("MSE", "mean squared error", better="lower", unit="grey levels squared", high=255.0**2,
+        choices="tang: on 0..1, divided by 255^2",
+        units=dict.fromkeys(TANG, "0..1 levels squared"),
+        reference="Jagalingam and Hegde, Aquatic Procedia 4, 2015")  # fmt: skip
+def mean_squared_error(images: Images, protocol: str) -> float:
+    """Mean squared difference from the sources, averaged over the two (MSE).
+
+    MSE = (mean((A - F)^2) + mean((B - F)^2)) / 2. Smaller means closer to the average of the sources. The toolboxes of
+    Tang measure on the 0..1 scale: divided by 255^2.
+
+    >>> mean_squared_error(*(np.full((2, 2), level) for level in (10, 12, 16)))
+    20.0
+    """
+    error = float(np.mean(images.squared_errors))
+    return error / 255.0**2 if protocol in TANG else error
+
+
+@metric("PSNR", "peak signal-to-noise ratio", unit="dB", low=-math.inf,
+        choices="peak max(fused) (paper) or 255; tang: MSE on 0..1, 48.13 dB too high; vifb: RMSE instead of MSE",
+        reference="Jagalingam and Hegde, Aquatic Procedia 4, 2015")  # fmt: skip
+def psnr(images: Images, protocol: str) -> float:
+    """Peak signal-to-noise ratio against both sources (PSNR).
+
+    PSNR = 10 log10(peak^2 / MSE), with the MSE of `mean_squared_error`. The peak is the largest value of the fused
+    image under `paper` and 255 otherwise. The toolboxes of Tang divide 255^2 by an MSE on the 0..1 scale, which puts
+    it 20 log10(255) = 48.13 dB above `standard`; `vifb` divides it by its RMSE, about 0.1.
+
+    Infinite where MSE = 0. Under `paper` a black fused image gives -inf, and NaN if the sources are black as well
+    (0 / 0).
+
+    >>> psnr(*(np.full((2, 2), level) for level in (100, 90, 110)))
+    20.0
+    """
+    error = METRICS["RMSE" if protocol == "vifb" else "MSE"].compute(images, protocol)
+    peak = float(images.grey[0].max()) if protocol == "paper" else 255.0
+    if error == 0:
+        return math.inf if peak > 0 else math.nan
+    return 10 * math.log10(peak**2 / error) if peak > 0 else -math.inf
+
+
+# --- Others ----------------------------------------------------------------------------------------------------------
+
+
+@metric("Nabf", "artifacts", better="lower", high=1.0, min_side=3,
+        reference="Petrovic and Xydeas, ICCV 2005, in the form of Shreyamsha Kumar, Signal Image Video "
+                  "Process. 7(6), 2013")  # fmt: skip
+def nabf(images: Images, protocol: str) -> float:
+    """Artifacts: edges of the fused image that are stronger than in either source (Nabf).
+
+    Nabf = sum over such pixels of ((1 - Q_A) g_A + (1 - Q_B) g_B) / sum over all pixels of (g_A + g_B), where Q and g
+    are the edge preservation and the Sobel strength of `qabf`, with its sigmoid constants and zeros around the image.
+    The part that is preserved (Qabf), the part that is lost and this one add up to 1 where Qabf takes the same
+    preservation for equal edges (protocol `standard`).
+
+    0 where no edge was added. NaN where both sources are zero everywhere, and under VIFB and Tang. Checked against its
+    definition alone: programs that use other constants for Nabf print other values.
+
+    >>> image = np.array([[0, 0, 90, 90], [0, 0, 90, 90], [0, 0, 90, 90]], dtype=np.uint8)
+    >>> nabf(image, image, image // 2)
+    0.0
+    """
+    padded = np.pad(images.planes, ((0, 0), (1, 1), (1, 1))).astype(np.float64)
+    added = total = 0.0
+    for top in range(0, images.shape[0], _ROWS):
+        strength, angle = _edges(*_sobel_sums(padded[:, top : top + _ROWS + 2]))
+        fused, sources = strength[0], strength[1:]
+        total += float(np.sum(sources))
+        stronger = (fused > sources).all(axis=0)
+        sources = sources[:, stronger]
+        loss = _loss_of_edges(sources / fused[stronger], np.abs(angle[1:, stronger] - angle[0, stronger]))
+        added += float(np.sum((1 - 0.9994 * 0.9879 / loss) * sources))
+    return added / total if total > 0 else math.nan
+
+
+_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_WINDOW = _gaussian(11, sigma=1.5)
+
+
+@metric("MS-SSIM", "multi-scale structural similarity", high=1.0, min_side=161,
+        reference="Wang, Simoncelli and Bovik, Asilomar Conf. Signals, Systems and Computers, 2003")  # fmt: skip
+def ms_ssim(images: Images, protocol: str) -> float:
+    """Structural similarity over five scales, averaged over the sources (MS-SSIM).
+
+    MS-SSIM = (M(F, A) + M(F, B)) / 2, M = l_5^0.1333 prod_j c_j^w_j with w = 0.0448 0.2856 0.3001 0.2363 0.1333 and
+    c_j = mean((2 v_xy + C2) / (v_x + v_y + C2)) at scale j; in the last factor the map under the mean is multiplied by
+    the luminance (2 m_x m_y + C1) / (m_x^2 + m_y^2 + C1), which is how l_5 comes in. Windows are Gaussian, 11 x 11 with
+    sigma 1.5, whole windows only; C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2. From scale to scale, 2 x 2 blocks are
+    averaged; the last row or column of an odd size counts twice.
+
+    1 for F = A = B. A scale whose mean is negative counts as 0. NaN under VIFB and Tang. Checked against its
+    definition alone; the average over two sources is that of fusion papers, some print the sum.
+
+    >>> y, x = np.mgrid[0:161, 0:176]
+    >>> image = (x * y) % 256
+    >>> round(ms_ssim(image, image, image), 12)
+    1.0
+    """
+    planes, product = images.planes.astype(np.float64), np.ones(2)
+    for scale, weight in enumerate(_SCALE_WEIGHTS, start=1):
+        if scale > 1:
+            planes = _blocks_of_two(planes)
+        similarity = _similarity(planes, with_luminance=scale == len(_SCALE_WEIGHTS))
+        product *= np.maximum(similarity, 0) ** weight
+    return float(product.mean())
+
+
+def _similarity(planes: np.ndarray, with_luminance: bool) -> np.ndarray:
+    """Mean similarity of F with A and B, (3, h, w) -> (2,), with or without the factor of luminance."""
+    centre = planes.mean(axis=(1, 2), keepdims=True)  # variances of what is left lose fewer digits
+    height, width = (side - len(_WINDOW) + 1 for side in planes.shape[1:])
+    total = np.zeros(2)
+    for top in range(0, height, _ROWS):
+        centred = planes[:, top : top + _ROWS + len(_WINDOW) - 1] - centre
+        products = np.concatenate([centred, centred * centred, centred[0] * centred[1:]])
+        averages = _filter_rows(_filter_columns(products, _WINDOW), _WINDOW)
+        means, squares, covariances = averages[:3], averages[3:6], averages[6:]
+        covariances = covariances - means[0] * means[1:]
+        variances = squares - means * means
+        similarity = (2 * covariances + _C2) / (variances[0] + variances[1:] + _C2)
+        if with_luminance:
+            means = means + centre
+            similarity *= (2 * means[0] * means[1:] + _C1) / (means[0] ** 2 + means[1:] ** 2 + _C1)
+        total += similarity.sum(axis=(1, 2))
+    return total / (height * width)
+
+
+def _blocks_of_two(planes: np.ndarray) -> np.ndarray:
+    """Means of 2 x 2 blocks, the last row or column repeated where there is an odd number."""
+    _, height, width = planes.shape
+    even = np.pad(planes, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
+    return (even[:, ::2, ::2] + even[:, 1::2, ::2] + even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 4
+
+
+@metric("CE", "cross entropy", better="lower", unit="bits", low=-math.inf,
+        reference="Bulanon, Burks and Alchanatis, Biosyst. Eng. 103(1), 2009, as VIFB computes it")  # fmt: skip
+def cross_entropy(images: Images, protocol: str) -> float:
+    """Divergence of the fused histogram from those of the sources, averaged over the two (CE).
+
+    CE = (D(A, F) + D(B, F)) / 2, D(S, F) = sum p_S log2(p_S / p_F) over the grey levels that occur in both. Levels
+    that F lacks would make the divergence infinite and are skipped, so CE can be negative, and is 0, which looks
+    perfect, where F shares no level with a source.
+
+    >>> image = np.array([[0, 50], [100, 255]], dtype=np.uint8)
+    >>> cross_entropy(image, image, image)
+    0.0
+    """
+    fused, *sources = (np.bincount(plane.ravel(), minlength=256) / plane.size for plane in images.levels)
+    total = 0.0
+    for source in sources:
+        both = (source > 0) & (fused > 0)
+        total += float(np.sum(source[both] * np.log2(source[both] / fused[both])))
+    return total / 2
+
+
+@metric("EI", "edge intensity", unit="grey levels", high=1020.0 * math.sqrt(2.0), min_side=2, takes_sources=False,
+        reference="Rajalingam and Priya, Int. J. Eng. Sci. Invention, 2018, as VIFB computes it")  # fmt: skip
+def edge_intensity(images: Images, protocol: str) -> float:
+    """Mean strength of the Sobel edges of the fused image (EI).
+
+    EI = mean(sqrt(gx^2 + gy^2)), with the kernel [1 2 1; 0 0 0; -1 -2 -1] and its transpose, not scaled, and the
+    border of the image repeated around it.
+
+    >>> edge_intensity(np.array([[0, 0, 10, 10]] * 4, dtype=np.uint8))
+    20.0
+    """
+    gx, gy = _sobel_sums(np.pad(images.grey[0].astype(np.float64), 1, mode="edge")[None])
+    return float(np.mean(np.sqrt(gx * gx + gy * gy)))
+
+
+@metric("RMSE", "root mean squared error", better="lower", unit="grey levels", high=255.0,
+        choices="vifb: root of the sum divided by the number of pixels, sqrt(HW) times smaller",
+        reference="Jagalingam and Hegde, Aquatic Procedia 4, 2015")  # fmt: skip
+def rmse(images: Images, protocol: str) -> float:
+    """Root mean squared difference from the sources, averaged over the two (RMSE).
+
+    RMSE = (sqrt(mean((A - F)^2)) + sqrt(mean((B - F)^2))) / 2. `vifb` takes sqrt(sum((S - F)^2)) / (H W), about 0.1,
+    which falls by half where an image has four times the pixels.
+
+    >>> rmse(*(np.full((2, 2), level) for level in (10, 12, 16)))
+    4.0
+    """
+    value = float(np.mean(np.sqrt(images.squared_errors)))
+    return value / math.sqrt(images.grey[0].size) if protocol == "vifb" else value
+
+
+@metric("Qcb", "Chen-Blum perceptual quality", high=1.0, min_side=2,
+        reference="Chen and Blum, Image Vis. Comput. 27(10), 2009, as VIFB computes it")  # fmt: skip
+def qcb(images: Images, protocol: str) -> float:
+    """How much of the local contrast of the sources, as an eye sees it, is in the fused image (Qcb).
+
+    Each image goes through a min-max normalisation to 0..255 and a contrast sensitivity filter (frequency domain,
+    difference of two Gaussians, the image 15 units of angle wide and high). Local contrast is
+    c = |blur_2 / blur_4 - 1|, Gaussians of 31 x 31 with sigma 2 and 4, zeros around the image, and masked contrast
+    C = c^3 / (c^2 + 0.0001). Qcb = mean(w_A q_A + w_B q_B), q_S the smaller of C_S and C_F over the larger, w_S = C_S^2
+    / (C_A^2 + C_B^2).
+
+    1 for F = A = B. A linear change of brightness or contrast of an image changes nothing. NaN where a contrast is 0
+    somewhere, as in a constant image.
+
+    >>> y, x = np.mgrid[0:48, 0:64]
+    >>> image = (x * y) % 256
+    >>> round(qcb(image, image, image), 12)
+    1.0
+    """
+    planes = images.min_max_normalised
+    if planes is None or not planes.any(axis=(1, 2)).all():
+        return math.nan
+    radius = _frequencies(images.shape) / 15
+    sensitivity = np.exp(-((radius / 15.3870) ** 2)) - 0.7622 * np.exp(-((radius / 1.3456) ** 2))
+    seen = np.pad(_filter_spectrum(planes, sensitivity), ((0, 0), (15, 15), (15, 15)))
+    offsets = np.arange(-15, 16)
+    blurred = []
+    for sigma in (2, 4):
+        taps = np.exp(-(offsets**2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)  # their sum is not quite 1
+        blurred.append(_filter_rows(_filter_columns(seen, taps), taps))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        contrast = np.abs(blurred[0] / blurred[1] - 1)
+        contrast *= contrast**2 / (contrast**2 + 0.0001)
+        fused, sources = contrast[0], contrast[1:]
+        quality = np.minimum(fused, sources) / np.maximum(fused, sources)
+        value = float(np.mean(np.sum(sources**2 * quality, axis=0) / np.sum(sources**2, axis=0)))
+    return value if (contrast > 0).all() and math.isfinite(value) else math.nan
+
+
+@metric("Qcv", "Chen-Varshney perceptual distance", better="lower", unit="grey levels squared", min_side=2,
+        reference="Chen and Varshney, Inf. Fusion 8(2), 2007, as VIFB computes it")  # fmt: skip
+def qcv(images: Images, protocol: str) -> float:
+    """Visible difference from the sources, weighted by their edges (Qcv).
+
+    Each image goes through a min-max normalisation to 0..255. Qcv = sum(w_A D_A + w_B D_B) / sum(w_A + w_B) over
+    blocks of 16 x 16 pixels, completed with zeros: w_S is the sum of the fifth powers of the Sobel strengths of the
+    source (zeros around the image), D_S the mean square of S - F after a contrast sensitivity filter (Mannos and
+    Sakrison, frequency domain, the image 4 units of angle wide and high).
+
+    0 for F = A = B; hundreds to thousands are usual. Two quirks: the zeros make an edge of the picture's frame, and the
+    fifth power lets it dominate; a linear change of contrast changes nothing. NaN where an image is constant and not
+    black, or both sources are black.
+
+    >>> y, x = np.mgrid[0:48, 0:64]
+    >>> image = (x * y) % 256
+    >>> qcv(image, image, image)
+    0.0
+    """
+    planes = images.min_max_normalised
+    if planes is None:
+        return math.nan
+    gx, gy = _sobel_sums(np.pad(planes[1:], ((0, 0), (1, 1), (1, 1))))
+    squares = gx * gx + gy * gy
+    weights = _block_sums(squares**2 * np.sqrt(squares))
+    angle = 0.144 * _frequencies(images.shape) / 4
+    sensitivity = 2.6 * (0.0192 + angle) * np.exp(-(angle**1.1))
+    distances = _block_sums(_filter_spectrum(planes[1:] - planes[0], sensitivity) ** 2) / 256
+    total = float(np.sum(weights))
+    return float(np.sum(weights * distances)) / total if total > 0 else math.nan
+
+
+def _frequencies(shape: tuple[int, int]) -> np.ndarray:
+    """Distance from zero in cycles per image width and height, for the half spectrum of `_filter_spectrum`."""
+    height, width = shape
+    return np.hypot(np.fft.fftfreq(height, 1 / height)[:, None], np.fft.rfftfreq(width, 1 / width))
+
+
+def _filter_spectrum(planes: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Circular filtering by a real response: (n, H, W) -> (n, H, W)."""
+    return np.fft.irfft2(np.fft.rfft2(planes) * response, s=planes.shape[1:])
+
+
+def _block_sums(planes: np.ndarray, side: int = 16) -> np.ndarray:
+    """Sums over blocks from the top left, the last ones completed with zeros: (n, H, W) -> (n, H / side, W / side)."""
+    count, height, width = planes.shape
+    whole = np.pad(planes, ((0, 0), (0, -height % side), (0, -width % side)))
+    return whole.reshape(count, whole.shape[1] // side, side, whole.shape[2] // side, side).sum(axis=(2, 4))
+
 
 SMALLEST_SCORED = max(METRICS[key].min_side for key in PAPER_TABLE)
-"""Pixels a side that every metric of the table can work on."""
+"""Pixels a side that every metric of the published table can work on."""

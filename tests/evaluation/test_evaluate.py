@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +23,8 @@ from utils.common import ROOT
 from utils.data.images import read_grey, write_grey
 from utils.data.manifests import list_digest, make_manifest, pair_digest
 from utils.data.pairs import list_pairs
-from utils.metrics import METRICS, PAPER_TABLE, score
+from utils.evaluation.tables import read_results
+from utils.metrics import METRICS, PAPER_TABLE, TABLES, score
 
 NAMES = ("01", "02", "b.x")
 
@@ -65,7 +72,7 @@ def test_rows_are_the_means_of_the_scores_of_the_files(scene, capsys):
 
 
 def test_exchanged_sources_and_more_processes_change_nothing(scene, capsys):
-    fused = ("--fused", scene / "Maximum", "--format", "csv")
+    fused = ("--fused", scene / "Maximum", "--format", "json")
     first = run(capsys, *fused, "--ir", scene / "SMALL" / "ir", "--vi", scene / "SMALL" / "vi")
     second = run(capsys, *fused, "--ir", scene / "SMALL" / "vi", "--vi", scene / "SMALL" / "ir", "--jobs", 2)
     assert first[0] == second[0] == 0 and first[1] == second[1]
@@ -85,8 +92,8 @@ def test_table_names_directions_protocol_pairs_images_and_commit(scene, capsys):
         "standard",
     )
     header, row, facts, about = out.splitlines()
-    assert header.split() == ["method", "protocol", "EN↑", "MSE↓"]
-    assert row.split()[:2] == ["Maximum", "standard"]
+    assert header.split() == ["method", "EN↑", "MSE↓"]
+    assert row.split()[0] == "Maximum"
     digest = make_manifest(scene / "SMALL")["images"][:12]
     assert facts.startswith(f"protocol standard, 3 pairs, images {digest}, commit ")
     assert about.startswith("standard: textbook")
@@ -107,15 +114,48 @@ def test_baselines_are_the_sources_and_their_average(scene, capsys):
 
 def test_every_protocol_side_by_side(scene, capsys):
     options = ("--fused", scene / "Mixture", "--data", scene / "SMALL", "--compare-protocols")
-    _, found, _ = run_json(capsys, *options)
-    assert [row["protocol"] for row in found["rows"]] == ["paper", "standard", "toolbox"]
+    code, found, err = run_json(capsys, *options)
+    assert code == 0 and "Mixture: grey images beside sources in colour, which vifb does not score" in err
+    assert [row["protocol"] for row in found["rows"]] == ["paper", "standard", "tang-2022", "tang-2023"]
     for row in found["rows"]:
         want = means(scene, "Mixture", ".png", row["protocol"])
-        assert (row["mean"].pop("SSIM") is None) == (row["protocol"] == "toolbox")
-        assert row["mean"] == pytest.approx({key: want[key] for key in row["mean"]}, rel=1e-12)
+        assert (row["mean"]["SSIM"] is None) == row["protocol"].startswith("tang")
+        assert {key: row["mean"][key] for key in want if not np.isnan(want[key])} == pytest.approx(
+            {key: value for key, value in want.items() if not np.isnan(value)}, rel=1e-12
+        )
     _, out, _ = run(capsys, *options)
-    for name in ("paper: ", "standard: ", "toolbox: "):
-        assert any(line.startswith(name) for line in out.splitlines())
+    header, *lines = out.split("\n\n")[0].splitlines()
+    assert header.split()[:5] == ["Mixture", "paper", "standard", "tang-2022", "tang-2023"]
+    assert next(line for line in lines if line.startswith("MSE↓")).endswith("tang: on 0..1, divided by 255^2")
+    assert "tang-2022: " in out and "(also called toolbox)" in out
+
+
+def test_vifb_scores_colours_channel_by_channel(scene, capsys):
+    options = ("--data", scene / "SMALL", "--protocol", "vifb")
+    for name in NAMES:
+        vis, ir = (cv2.imread(str(scene / "SMALL" / role / f"{name}.png")) for role in ("vi", "ir"))
+        (scene / "Colour").mkdir(exist_ok=True)
+        cv2.imwrite(str(scene / "Colour" / f"{name}.png"), np.maximum(vis, ir))
+    _, found, _ = run_json(capsys, "--fused", scene / "Colour", *options, "--baselines")
+    assert list(found["rows"][0]["mean"]) == list(TABLES["vifb"])
+    _, found, _ = run_json(capsys, "--fused", scene / "Colour", *options, "--metrics", "SF", "Qcv", "RMSE")
+    folders = ("Colour", "SMALL/ir", "SMALL/vi")
+    want = [
+        score(*(cv2.imread(str(scene / folder / f"{name}.png"))[..., ::-1] for folder in folders),
+              "vifb", metrics=["SF", "Qcv", "RMSE"])
+        for name in NAMES
+    ]  # fmt: skip
+    for key, value in found["rows"][0]["mean"].items():
+        assert value == pytest.approx(np.mean([values[key] for values in want]), rel=1e-12)
+    code, _, err = run(capsys, "--fused", scene / "Mixture", *options)
+    assert code == 2 and "not one image could be scored" in err
+
+
+def test_toolbox_is_another_name_and_is_said_to_be(scene, capsys):
+    options = ("--fused", scene / "Mixture", "--data", scene / "SMALL", "--metrics", "SD", "MI")
+    _, alias, err = run_json(capsys, *options, "--protocol", "toolbox")
+    assert "protocol toolbox is another name of tang-2022" in err
+    assert alias == run_json(capsys, *options, "--protocol", "tang-2022")[1]
 
 
 # --- what can be wrong -------------------------------------------------------------------------------------
@@ -186,12 +226,8 @@ def test_colour_is_scored_by_the_documented_grey_rule(scene, capsys):
         (["--fused", "{}/Maximum", "{}/Mixture", "--data", "{}/SMALL", "--against", "PI"], "--against PI: no such row"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--against", "Maximum"], "no other method to test"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--compare-protocols", "--stats"], "choose one --protocol"),
-        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--stats", "--format", "csv"], "print text or JSON"),
+        (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--stats", "--format", "md"], "prints text or JSON"),
         (["--fused", "{}/Maximum", "--data", "{}/SMALL", "--results", "{}/r.csv", "--metrics", "EN"], "every metric"),
-        (
-            ["--fused", "{}/Maximum", "--data", "{}/SMALL", "--device", "cpu", "--metrics", "AG"],
-            "no torch version of AG",
-        ),
         (["--verify-data", "{}"], "holds none of the published sets"),
         (["--verify-data", "{}/nowhere"], "no folder at"),
     ],
@@ -242,20 +278,13 @@ def test_best_is_bold_and_second_underlined_among_methods_only(scene, capsys, mo
         assert (f"**{mse[name]:.1f}**" if close else f"<u>{mse[name]:.1f}</u>") in markdown
         assert (rf"\textbf{{{sd[name]:.1f}}}" if best else rf"\underline{{{sd[name]:.1f}}}") in latex
     assert markdown.count("**") == 4 and markdown.count("<u>") == 2  # no baseline is marked
-    assert r"\begin{tabular}{llrr}" in latex and r"SD$\uparrow$" in latex and r"MSE$\downarrow$" in latex
-    assert "% protocol paper, 3 pairs" in latex
+    assert r"\begin{tabular}{lrr}" in latex and r"SD$\uparrow$" in latex and r"MSE$\downarrow$" in latex
+    assert "% protocol paper, 3 pairs" in latex and r"\label{tab:SMALL-paper}" in latex and r"\toprule" in latex
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     _, out, _ = run(capsys, *options)
     assert out.count("\x1b[1m") == 2 and out.count("\x1b[4m") == 2
-
-
-def test_csv_holds_unrounded_means_and_facts(scene, capsys):
-    _, out, _ = run(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--format", "csv")
-    (row,) = csv.DictReader(out.splitlines())
-    assert float(row["VIF"]) == pytest.approx(means(scene, "Maximum", ".bmp")["VIF"], rel=1e-14)
-    assert (row["method"], row["protocol"], row["pairs"]) == ("Maximum", "paper", "3")
 
 
 def test_per_image_file_holds_every_value(scene, capsys):
@@ -267,16 +296,6 @@ def test_per_image_file_holds_every_value(scene, capsys):
     found = next(row for row in rows if (row["method"], row["image"]) == ("Maximum", "b.x"))
     assert {key: float(found[key]) for key in PAPER_TABLE} == {key: want[key] for key in PAPER_TABLE}
     assert next(row for row in rows if row["method"] == "vi only")["SCD"] == ""
-
-
-def test_images_of_another_list_are_named_as_such(scene, capsys):
-    for name in NAMES[:2]:
-        write_grey(scene / "Maximum" / f"{name}.bmp", np.zeros((50, 60)))
-    code, _, err = run(capsys, "--data", scene / "SMALL", "--fused", scene / "Maximum", scene / "Mixture")
-    assert (
-        code == 2 and "Maximum: 2 of 3 images have not the size of the sources" in err and "results/manifests/" in err
-    )
-    assert "Mixture: " not in err
 
 
 def test_results_are_added_and_replaced_but_never_mixed(scene, capsys):
@@ -313,7 +332,7 @@ def test_statistics_are_printed_and_in_json(scene, capsys):
         "Mixture",
     )
     _, out, _ = run(capsys, *options)
-    for part in ("95 % interval of the mean", "mean rank, 1 is best", "against Mixture", "Wilcoxon"):
+    for part in ("95 % interval of the mean", "mean rank, 1 is best", "minus Mixture", "Wilcoxon"):
         assert part in out
     _, found, _ = run_json(capsys, *options)
     assert found["against"] == "Mixture" and len(found["comparisons"]) == len(PAPER_TABLE)
@@ -322,27 +341,39 @@ def test_statistics_are_printed_and_in_json(scene, capsys):
     assert low <= found["rows"][0]["mean"]["EN"] <= high
 
 
+def test_daggers_mark_what_differs_significantly(scene, capsys, monkeypatch):
+    monkeypatch.setattr("utils.evaluation.statistics.LEVEL", 2.0)  # three pairs cannot differ significantly
+    options = ("--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL", "--metrics", "SD", "MSE",
+               "--against", "Mixture")  # fmt: skip
+    _, found, _ = run_json(capsys, *options)
+    ours, theirs = (row["mean"] for row in found["rows"])
+    signs = ["better" if better else "worse" for better in (ours["SD"] > theirs["SD"], ours["MSE"] < theirs["MSE"])]
+    _, latex, _ = run(capsys, *options, "--format", "latex")
+    line = next(line for line in latex.splitlines() if line.startswith("Maximum"))
+    for sign, cell in zip(signs, line.split("&")[1:], strict=True):
+        assert {"better": r"$^\ddagger$", "worse": r"$^\dagger$"}[sign] in cell
+    assert r"$\dagger$: significantly worse than Mixture" in latex
+    _, markdown, _ = run(capsys, *options, "--format", "md")
+    assert [cell.strip()[-1] for cell in markdown.splitlines()[2].split("|")[2:4]] == [
+        {"better": "‡", "worse": "†"}[sign] for sign in signs
+    ]
+    _, out, _ = run(capsys, *options)
+    winner = {"better": "Maximum", "worse": "Mixture"}[signs[0]]
+    assert next(line for line in out.splitlines() if line.split()[:2] == ["Maximum", "SD"]).endswith(winner)
+
+
 def test_plots_are_pictures(scene, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib comes with requirements-dev.txt")
+    path = scene / "plots" / "boxes.png"
     code, _, err = run(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL",
-                       "--metrics", "EN", "SCD", "--baselines", "--plot", scene / "plots")  # fmt: skip
-    assert code == 0 and "ranks.png" in err
-    for name in ("boxplots.png", "ranks.png"):
-        picture = cv2.imread(str(scene / "plots" / name))
-        assert picture is not None and picture.std() > 10
+                       "--metrics", "EN", "SCD", "--baselines", "--plot", path)  # fmt: skip
+    assert code == 0 and "boxes.png" in err and cv2.imread(str(path)).std() > 10
 
 
 def test_without_matplotlib_there_is_one_clear_line(scene, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, err = run(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--plot", scene / "plots")
+    code, _, err = run(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL", "--plot", scene / "p.png")
     assert code == 2 and err.splitlines()[-1].endswith("pip install matplotlib")
-
-
-def test_torch_scores_the_same(scene, capsys):
-    options = ("--fused", scene / "Maximum", "--data", scene / "SMALL")
-    _, numpy_, _ = run_json(capsys, *options)
-    _, torch_, _ = run_json(capsys, *options, "--device", "cpu")
-    assert torch_["rows"][0]["mean"] == pytest.approx(numpy_["rows"][0]["mean"], rel=1e-6)
 
 
 def test_every_metric_is_described(capsys):
@@ -350,7 +381,10 @@ def test_every_metric_is_described(capsys):
     assert code == 0
     for key, metric in METRICS.items():
         assert f"{key}: " in out and metric.reference in out
-    assert "nats, bits under toolbox; higher is better; range 0 to 11.0904; smallest side 1\n" in out
+    assert (
+        "nats, bits under tang-2022, bits under tang-2023; higher is better; range 0 to 11.0904; smallest side 1\n"
+        in out
+    )
 
 
 # --- published data ----------------------------------------------------------------------------------------
@@ -385,17 +419,85 @@ def test_a_row_of_results_is_what_the_command_beside_it_prints(fusion_data, tmp_
                 assert float(old[key]) == pytest.approx(float(row[key]), rel=1e-5)
 
 
-def test_the_toolbox_rows_are_what_matlab_printed(fusion_data):
-    with (fusion_data / "other_methods" / "TNO42" / "matlab_toolbox.csv").open(newline="") as file:
-        printed = list(csv.DictReader(file))
-    rows = {
-        row["method"]: row
-        for row in csv.DictReader((ROOT / "results" / "TNO42.csv").open())
-        if row["protocol"] == "toolbox"
-    }
-    columns = {"EN": "EN", "SF_01": "SF", "AG": "AG", "MSE_01": "MSE", "CC": "CC", "SCD": "SCD"}
+def test_the_rows_of_tang_2022_are_what_matlab_printed(fusion_data):
+    printed = list(csv.DictReader((fusion_data / "other_methods/TNO42/matlab_toolbox_11.csv").read_text().splitlines()))
+    _, rows = read_results(ROOT / "results" / "TNO42.csv")
     for method in ("DenseFuse", "SeAFusion", "U2Fusion"):
-        for theirs, ours in columns.items():
-            values = [float(row[theirs]) for row in printed if row["method"] == method]
-            assert len(values) == 42
-            assert float(rows[method][ours]) == pytest.approx(np.mean(values), rel=1e-5)  # kept with six digits
+        (row,) = (row for row in rows if (row["method"], row["protocol"]) == (method, "tang-2022"))
+        for key in TABLES["tang-2022"]:
+            values = [float(line[key]) for line in printed if line["method"] == method]
+            assert float(row[key]) == pytest.approx(np.mean(values), rel=1e-5)  # kept with six digits
+
+
+# --- processes, pipes and consoles -------------------------------------------------------------------------
+
+
+def start(*options, **more):
+    command = [sys.executable, "evaluate.py", *map(str, options)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def processes_of(group):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(process_group) == group and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(scene, ending):
+    for number in range(60):
+        for folder, suffix in (("Maximum", ".bmp"), ("SMALL/vi", ".png"), ("SMALL/ir", ".png")):
+            image = cv2.imread(str(scene / folder / f"01{suffix}"), cv2.IMREAD_UNCHANGED)
+            cv2.imwrite(str(scene / folder / f"many{number}{suffix}"), cv2.resize(image, (600, 600)))
+    process = start("--fused", scene / "Maximum", "--data", scene / "SMALL", "--jobs", 2, start_new_session=True)
+    try:
+        waited_until(lambda: len(processes_of(process.pid)) >= 4)  # itself, the server that forks, two workers
+        process.send_signal(ending)
+        process.communicate()
+        waited_until(lambda: not processes_of(process.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def waited_until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_files_are_written_before_a_reader_closes_the_pipe(scene):
+    path = scene / "p.csv"
+    process = start("--fused", scene / "Maximum", "--data", scene / "SMALL", "--jobs", 1, "--per-image", path)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait() == 0 and "roken" not in err and len(path.read_text().splitlines()) == 1 + 3
+
+
+def test_a_console_that_is_not_utf_8_gets_no_traceback(scene):
+    name = os.fsdecode(b"M\xe9thode \xff")
+    shutil.copytree(scene / "Maximum", scene / name)
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    for format_ in ("md", "text", "json"):
+        process = start("--fused", scene / name, "--data", scene / "SMALL", "--jobs", 1, "--format", format_,
+                        "--results", scene / "r.csv", env=environment)  # fmt: skip
+        out, err = process.communicate()
+        assert process.returncode == 0 and b"Traceback" not in err and b"thode" in out
+    assert name.encode("utf-8", "surrogateescape") in (scene / "r.csv").read_bytes()
+
+
+def test_rows_added_at_the_same_time_are_all_there(scene):
+    processes = [
+        start("--fused", f"method {number}={scene / 'Mixture'}", "--data", scene / "SMALL", "--jobs", 1,
+              "--results", scene / "r.csv")
+        for number in range(4)
+    ]  # fmt: skip
+    assert [process.communicate() and process.returncode for process in processes] == [0] * 4
+    _, rows = read_results(scene / "r.csv")
+    assert {row["method"] for row in rows} == {f"method {number}" for number in range(4)}

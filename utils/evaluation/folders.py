@@ -10,26 +10,22 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-import utils.more_metrics  # noqa: F401  registers its metrics
 from utils.common import InputError, listed, progress
-from utils.data.images import read_grey, to_uint8
+from utils.data.images import is_coloured, read_colour, read_grey, to_uint8
 from utils.data.manifests import list_digest, pair_digest
 from utils.data.pairs import Pair, PairList, list_pairs
 from utils.evaluation.scores import Row, ScoreSheet
 from utils.metrics import METRICS, score
-
-Scorer = Callable[..., dict[str, float]]  # the signature of `utils.metrics.score`
-
 
 # What a method must beat, by name: the fused image that it would be, as written to 8 bits.
 BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -65,11 +61,11 @@ class _Task:
 @dataclass
 class _Result:
     name: str
-    digest: str = ""
+    hash: str = ""
     scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (method, protocol) -> metrics
     problems: list[str] = field(default_factory=list)
     too_small_for: list[str] = field(default_factory=list)
-    other_size: list[str] = field(default_factory=list)  # methods whose image has not the size of the sources
+    without_colour: list[str] = field(default_factory=list)  # methods whose image is grey where a source has colour
 
 
 def evaluate(
@@ -80,7 +76,6 @@ def evaluate(
     metrics: Sequence[str],
     baselines: bool = False,
     jobs: int | None = None,
-    scorer: Scorer = score,
 ) -> Evaluation:
     """Scores every image that a method has for a pair of sources.
 
@@ -88,11 +83,10 @@ def evaluate(
         methods: row label -> folder of fused images, matched with the sources by file stem.
         vis_folder: visible (or MRI) sources.
         ir_folder: infrared (or CT, PET, SPECT) sources.
-        protocols: names from `utils.metrics.PROTOCOLS`.
+        protocols: names from `utils.metrics.PROTOCOLS`. Images are scored in grey, under `vifb` in their colours.
         metrics: names from `utils.metrics.METRICS`. One that a pair is too small for is NaN there.
         baselines: adds rows for either source alone and for their average.
         jobs: processes; None means one for each processor, 1 stays in this process.
-        scorer: what turns images into values.
 
     Returns:
         Rows in the order of `methods`, then of the baselines, for each protocol. A method without a single scored
@@ -112,30 +106,29 @@ def evaluate(
               protocols, metrics)
         for pair in found.pairs
     ]  # fmt: skip
-    results = list(progress(_run(tasks, jobs, scorer), "scores", "pair", len(tasks)))
+    results = list(progress(_run(tasks, jobs), "scores", "pair", len(tasks)))
     problems += [problem for result in results for problem in result.problems]
     for key in metrics:
         small = [result.name for result in results if key in result.too_small_for]
         if small:
             notes.append(f"{key} needs sides of {METRICS[key].min_side} pixels; no value for {listed(small)}")
-
     for method in methods:
-        others = sum(method in result.other_size for result in results)
-        if 2 * others > len(results) > 1:
+        grey = [result.name for result in results if method in result.without_colour]
+        if grey:
             notes.append(
-                f"{method}: {others} of {len(results)} images have not the size of the sources of that name; are they "
-                "of another list of this set? The images that are meant are listed in results/manifests/"
+                f"{method}: grey images beside sources in colour, which vifb does not score; no value for "
+                f"{listed(grey)}: fuse in colour, or choose another --protocol"
             )
 
-    digests = {result.name: result.digest for result in results}
+    hashes = {result.name: result.hash for result in results}
     rows = []
     for protocol in protocols:
         for method in [*methods, *labels]:
             key = (method, protocol)
             images = {result.name: result.scores[key] for result in results if key in result.scores}
             if images:
-                digest = list_digest(digests[name] for name in images)
-                rows.append(Row(method, protocol, ScoreSheet(method, images, digest), method in labels))
+                sheet = ScoreSheet(method, images, list_digest(hashes[name] for name in images))
+                rows.append(Row(method, protocol, sheet, method in labels))
     return Evaluation(tuple(rows), tuple(problems), tuple(notes))
 
 
@@ -158,11 +151,10 @@ def _match(
     return files, problems, notes
 
 
-def _run(tasks: Sequence[_Task], jobs: int | None, scorer: Scorer) -> Iterator[_Result]:
+def _run(tasks: Sequence[_Task], jobs: int | None) -> Iterator[_Result]:
     jobs = min(jobs or processors(), len(tasks))
-    work = partial(_score_pair, scorer=scorer)
     if jobs == 1:
-        yield from map(work, tasks)
+        yield from map(_score_pair, tasks)
         return
     # Not forks of this process: OpenCV's threads do not survive a fork, and a worker would wait for them forever.
     context = multiprocessing.get_context(
@@ -171,7 +163,7 @@ def _run(tasks: Sequence[_Task], jobs: int | None, scorer: Scorer) -> Iterator[_
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
     try:
-        yield from pool.map(work, tasks)
+        yield from pool.map(_score_pair, tasks)
     except BrokenProcessPool:
         raise InputError("a process that scored was killed, probably for its memory; try --jobs 1") from None
     finally:
@@ -181,6 +173,13 @@ def _run(tasks: Sequence[_Task], jobs: int | None, scorer: Scorer) -> Iterator[_
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and its workers would wait for work forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def processors() -> int:
@@ -190,48 +189,49 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def _score_pair(task: _Task, scorer: Scorer) -> _Result:
+def _score_pair(task: _Task) -> _Result:
     result = _Result(task.pair.name)
     try:
-        vis, ir = task.pair.read()
+        grey = task.pair.read()
+        colour = [read_colour(path) for path in (task.pair.vis, task.pair.ir)] if "vifb" in task.protocols else []
     except (ValueError, OSError) as error:
         result.problems.append(f"{task.pair.name}: {_first_line(error)}; left out for every method")
         return result
-    result.digest = pair_digest(vis, ir)
-    result.too_small_for = [key for key in task.metrics if min(vis.shape) < METRICS[key].min_side]
-    for method, image in _images(task, vis, ir):
+    result.hash = pair_digest(*grey)
+    result.too_small_for = [key for key in task.metrics if min(grey[0].shape) < METRICS[key].min_side]
+    metrics = [key for key in task.metrics if key not in result.too_small_for]
+    for method in (*task.fused, *task.baselines):
         try:
-            fused = image()
-            if fused.shape != vis.shape:
-                result.other_size.append(method)
-                sizes = [f"{shape[1]}x{shape[0]}" for shape in (fused.shape, vis.shape)]
-                raise InputError(
-                    f"{task.fused[method]} is {sizes[0]} but its sources are {sizes[1]} (width x height); "
-                    "fuse it again at the size of the sources"
-                )
-            values = {
-                (method, protocol): _score(scorer, (fused, ir, vis), protocol, task.metrics, result.too_small_for)
-                for protocol in task.protocols
-            }
-            result.scores.update(values)
+            for protocol in task.protocols:
+                vis, ir = colour if protocol == "vifb" else grey
+                if method in task.baselines:
+                    fused = BASELINES[task.baselines[method]](vis, ir)
+                else:
+                    fused = (_read_as_stored if protocol == "vifb" else read_grey)(task.fused[method])
+                if fused.shape[:2] != vis.shape[:2]:
+                    sizes = [f"{shape[1]}x{shape[0]}" for shape in (fused.shape, vis.shape)]
+                    raise InputError(
+                        f"{task.fused[method]} is {sizes[0]} but its sources are {sizes[1]} (width x height); "
+                        "fuse it again at the size of the sources, or name the set that it belongs to"
+                    )
+                if fused.ndim < vis.ndim:
+                    if is_coloured(vis) or is_coloured(ir):
+                        result.without_colour.append(method)
+                        continue
+                    vis, ir = vis[..., 0], ir[..., 0]
+                values = score(fused, ir, vis, protocol, metrics)
+                result.scores[method, protocol] = {key: values.get(key, float("nan")) for key in task.metrics}
         except (ValueError, OSError) as error:
             result.problems.append(f"{method}, {task.pair.name}: {_first_line(error)}; left out")
     return result
 
 
-def _images(task: _Task, vis: np.ndarray, ir: np.ndarray) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    for method, path in task.fused.items():
-        yield method, partial(read_grey, path)
-    for label, kind in task.baselines.items():
-        yield label, partial(BASELINES[kind], vis, ir)
-
-
-def _score(
-    scorer: Scorer, images: tuple[np.ndarray, ...], protocol: str, metrics: Sequence[str], too_small: Iterable[str]
-) -> dict[str, float]:
-    too_small = set(too_small)
-    values = scorer(*images, protocol, metrics=[key for key in metrics if key not in too_small])
-    return {key: values.get(key, float("nan")) for key in metrics}
+def _read_as_stored(path: Path) -> np.ndarray:
+    """(H, W, 3), red first, or (H, W) where the file has one channel: VIFB's SF depends on the number of channels."""
+    image = read_colour(path)
+    if is_coloured(image) or cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED).ndim > 2:
+        return image
+    return image[..., 0]
 
 
 def _first_line(error: Exception) -> str:

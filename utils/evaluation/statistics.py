@@ -1,23 +1,20 @@
-"""Is the difference between two methods more than chance? Paired tests, intervals and ranks over images.
-
-The tests are scipy's, which is imported where it is used; everything else needs numpy.
-"""
+"""Is the difference between two methods more than chance? Paired tests, intervals and ranks over images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata, wilcoxon
 
-from utils.common import InputError
 from utils.evaluation.scores import Row
 from utils.evaluation.tables import align
 from utils.metrics import METRICS
 
 ROUNDS, SEED = 10_000, 0
+LEVEL = 0.05  # adjusted p below it: significant
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,9 @@ class Comparison:
     p: float  # two-sided Wilcoxon signed-rank test
     p_holm: float  # adjusted for all comparisons of the same call
 
-    def verdict(self, level: float = 0.05) -> str:
-        """ "better", "worse", or "-" where the adjusted p is not below the level."""
-        if not self.p_holm < level:
+    def verdict(self) -> str:
+        """ "better", "worse": what `method` is beside the other; "-" where the adjusted p is not below the level."""
+        if not self.p_holm < LEVEL:
             return "-"
         return "better" if (self.effect > 0) == (METRICS[self.metric].better == "higher") else "worse"
 
@@ -69,40 +66,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def import_wilcoxon() -> Callable[..., Any]:
-    """scipy's Wilcoxon signed-rank test.
-
-    Raises:
-        InputError: scipy is not installed.
-    """
-    try:
-        from scipy.stats import wilcoxon
-    except ImportError:
-        raise InputError("--against needs scipy; install it: pip install scipy") from None
-    return wilcoxon
-
-
 def compare(rows: Sequence[Row], against: Row) -> list[Comparison]:
     """Every other method of the same protocol against one row, metric by metric. Baselines are no methods.
 
     Two methods that agree on every image have p = 1; without an image in common, or in a metric that has no values,
     p is NaN. Images on which they agree are left out of the test, as in Wilcoxon's paper.
-
-    Raises:
-        InputError: scipy is not installed.
     """
-    wilcoxon, found = import_wilcoxon(), []
+    found = []
     for row in rows:
         if row.is_baseline or row.method == against.method or row.protocol != against.protocol:
             continue
         for metric in next(iter(against.sheet.images.values())):
             differences = _differences(row, against, metric)
-            p = math.nan
+            changed = differences[differences != 0]
+            p = effect = mean = math.nan
             if differences.size:
-                p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
-            low, high = bootstrap_interval(differences)
-            mean = float(differences.mean()) if differences.size else math.nan
-            found.append((row.method, metric, differences.size, mean, low, high, _rank_biserial(differences), p))
+                mean, p = float(differences.mean()), 1.0
+            if changed.size:
+                p = float(wilcoxon(changed).pvalue)
+                ranks = rankdata(np.abs(changed))
+                effect = float((ranks * np.sign(changed)).sum() / ranks.sum())
+            found.append((row.method, metric, differences.size, mean, *bootstrap_interval(differences), effect, p))
     adjusted = holm([values[-1] for values in found])
     return [Comparison(*values, p_holm) for values, p_holm in zip(found, adjusted, strict=True)]
 
@@ -119,9 +103,16 @@ def mean_ranks(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         common = set.intersection(*(_images_with(row, metric) for row in rows))
         values = np.array([[row.sheet.images[name][metric] for name in sorted(common)] for row in rows])
         sign = -1 if METRICS[metric].better == "higher" else 1
-        for row, mean in zip(rows, _average_ranks(sign * values), strict=True):
-            ranks[row.method][metric] = mean
+        found = rankdata(sign * values, axis=0).mean(axis=1) if common else [math.nan] * len(rows)
+        for row, mean in zip(rows, found, strict=True):
+            ranks[row.method][metric] = float(mean)
     return ranks
+
+
+def mean_intervals(row: Row) -> dict[str, tuple[float, float]]:
+    """Metric -> 95 % interval of the mean over the images with a finite value."""
+    columns = {key: [values[key] for values in row.sheet.images.values()] for key in row.sheet.mean()}
+    return {key: bootstrap_interval([v for v in values if np.isfinite(v)]) for key, values in columns.items()}
 
 
 def format_statistics(
@@ -150,46 +141,18 @@ def format_statistics(
             lines.append([method, *(shown(value, ".2f") for value in (*values.values(), overall))])
         parts.append(align(lines))
     if comparisons:
-        lines = [
-            [f"against {against}", "metric", "images", "difference", "95 % interval", "effect", "p", "p (Holm)", ""]
-        ]
+        lines = [["method", "metric", "images", "difference", "95 % interval", "effect", "p", "p (Holm)", "better"]]
         for c in comparisons:
             interval = f"{shown(c.low, signed)}..{shown(c.high, signed)}"
             numbers = (shown(c.effect, "+.2f"), shown(c.p, ".2g"), shown(c.p_holm, ".2g"))
-            lines.append(
-                [c.method, c.metric, str(c.images), shown(c.difference, signed), interval, *numbers, c.verdict()]
-            )
-        parts.append(align(lines))
-        parts[-1] += (
-            "\npaired Wilcoxon signed-rank tests, two-sided; effect: rank-biserial correlation; "
-            f"p adjusted by Holm for the {len(comparisons)} lines above; better or worse: adjusted p < 0.05"
+            winner = {"better": c.method, "worse": str(against), "-": "-"}[c.verdict()]
+            lines.append([c.method, c.metric, str(c.images), shown(c.difference, signed), interval, *numbers, winner])
+        parts.append(
+            f"{align(lines)}\ndifference: method minus {against}; effect: rank-biserial correlation; paired Wilcoxon "
+            f"signed-rank tests, two-sided, p adjusted by Holm for the {len(comparisons)} lines above; better: the one "
+            f"with the better values where adjusted p < {LEVEL}"
         )
     return parts
-
-
-def mean_intervals(row: Row) -> dict[str, tuple[float, float]]:
-    """Metric -> 95 % interval of the mean over the images with a finite value."""
-    columns = {key: [values[key] for values in row.sheet.images.values()] for key in row.sheet.mean()}
-    return {key: bootstrap_interval([v for v in values if np.isfinite(v)]) for key, values in columns.items()}
-
-
-def _average_ranks(values: np.ndarray) -> list[float]:
-    """Ranks in each column, ties averaged, then the mean of each row: (methods, images) -> methods."""
-    if not values.size:
-        return [math.nan] * len(values)
-    smaller = (values[None] < values[:, None]).sum(axis=1)
-    equal = (values[None] == values[:, None]).sum(axis=1)
-    return [float(mean) for mean in (smaller + (equal + 1) / 2).mean(axis=1)]
-
-
-def _rank_biserial(differences: np.ndarray) -> float:
-    """(Sum of the ranks of positive differences - that of negative ones) / sum of both; NaN where all are 0."""
-    differences = differences[differences != 0]
-    if not differences.size:
-        return math.nan
-    sizes = np.abs(differences)
-    ranks = (sizes < sizes[:, None]).sum(axis=1) + ((sizes == sizes[:, None]).sum(axis=1) + 1) / 2
-    return float((ranks * np.sign(differences)).sum() / ranks.sum())
 
 
 def _images_with(row: Row, metric: str) -> set[str]:

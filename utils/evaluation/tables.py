@@ -1,4 +1,4 @@
-"""Rows of scores -> text, Markdown, LaTeX, CSV, JSON, and the CSV files in results/.
+"""Rows of scores -> text, Markdown, LaTeX, JSON, and the CSV files in results/.
 
 In text, Markdown and LaTeX the best value of a column is bold and the second underlined. Baselines are shown but do
 not compete: a copy of one source is unbeatable in some metrics and worthless as a fusion. Every format says protocol,
@@ -7,33 +7,43 @@ commit, number of pairs and which images.
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.common import InputError, whole_file
 from utils.data.manifests import SHOWN
 from utils.evaluation.scores import Row
-from utils.metrics import METRICS, PROTOCOLS
+from utils.metrics import METRICS, PROTOCOLS, TABLES, defines
 
-FORMATS = ("text", "md", "csv", "latex", "json")
+FORMATS = ("text", "md", "latex", "json")
 FACTS = ("method", "protocol", "pairs", "images", "commit")
-
-Mark = Callable[[str], str]
-PLAIN: tuple[Mark, Mark] = (str, str)
-TERMINAL: tuple[Mark, Mark] = ("\x1b[1m{}\x1b[0m".format, "\x1b[4m{}\x1b[0m".format)
-MARKDOWN: tuple[Mark, Mark] = ("**{}**".format, "<u>{}</u>".format)
-LATEX: tuple[Mark, Mark] = (r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
-ARROWS = {"higher": "↑", "lower": "↓"}
-ASCII_ARROWS = {"higher": "^", "lower": "v"}
+Verdicts = Mapping[tuple[str, str], str]  # (method, metric) -> "better", "worse" or "-" beside one method
 
 
-def places(rows: Sequence[Row], metric: str) -> dict[int, int]:
-    """Index of a row -> 1 for the best mean of a metric and 2 for the second; ties share a place.
+class Style(NamedTuple):
+    best: str
+    second: str
+    higher: str = "↑"
+    lower: str = "↓"
+    worse: str = "†"  # than a method that all are tested against
+    better: str = "‡"
+
+
+PLAIN = Style("{}", "{}")
+TERMINAL = Style("\x1b[1m{}\x1b[0m", "\x1b[4m{}\x1b[0m")
+MARKDOWN = Style("**{}**", "<u>{}</u>")
+LATEX = Style(r"\textbf{{{}}}", r"\underline{{{}}}", r"$\uparrow$", r"$\downarrow$", r"$^\dagger$", r"$^\ddagger$")
+
+
+def places(rows: Sequence[Row], metric: str, digits: int) -> dict[int, int]:
+    """Index of a row -> 1 for the best mean of a metric and 2 for the second; means printed alike share a place.
 
     Baselines, rows without a value, and rows scored under another protocol or on other images than the first do not
     compete.
@@ -43,78 +53,78 @@ def places(rows: Sequence[Row], metric: str) -> dict[int, int]:
         comparable = (row.protocol, row.sheet.digest) == (rows[0].protocol, rows[0].sheet.digest)
         value = row.sheet.mean()[metric]
         if comparable and not row.is_baseline and not math.isnan(value):
-            means[i] = value
+            means[i] = float(f"{value:.{digits}f}")
     if len(means) < 2:
         return {}
     ranked = sorted(set(means.values()), reverse=METRICS[metric].better == "higher")[:2]
     return {i: ranked.index(value) + 1 for i, value in means.items() if value in ranked}
 
 
-def format_text(rows: Sequence[Row], digits: int = 3, marks: tuple[Mark, Mark] = PLAIN, unicode: bool = True) -> str:
-    """Columns aligned for a terminal. `marks` is `TERMINAL` where escape sequences are understood."""
-    header, cells = _cells(rows, digits, ARROWS if unicode else ASCII_ARROWS)
-    widths = [max(len(line[i][0]) for line in [header, *cells]) for i in range(len(header))]
-    lines = []
-    for line in [header, *cells]:
-        padded = [
-            text.ljust(width) if i < 2 else " " * (width - len(text)) + _marked(text, place, marks)
-            for i, ((text, place), width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
-
-
-def describe_metrics() -> str:
-    """Every metric: what it is, unit, direction, range under `paper` and `standard`, smallest side, source."""
-    blocks = []
-    for metric in METRICS.values():
-        about = (metric.function.__doc__ or "").splitlines()[0]
-        units = {protocol: metric.unit_in(protocol) for protocol in PROTOCOLS}
-        other = [f"{unit} under {protocol}" for protocol, unit in units.items() if unit != metric.unit]
-        unit = f"{', '.join([metric.unit, *other])}; " if metric.unit else ""
-        low, high = (f"{bound:.6g}" for bound in metric.value_range)
-        facts = f"{metric.better} is better; range {low} to {high}; smallest side {metric.min_side}"
-        blocks.append(f"{metric.key}: {about}\n    {unit}{facts}\n    {metric.reference}")
-    return "\n".join(blocks)
+def table_lines(rows: Sequence[Row], digits: int, style: Style, verdicts: Verdicts | None = None) -> list[list[str]]:
+    """Cells of a table, the header first: a method a line, a metric a column."""
+    columns = _columns(rows)
+    ranks = {column: places(rows, column, digits) for column in columns}
+    lines = [["method", *(column + getattr(style, METRICS[column].better) for column in columns)]]
+    for i, row in enumerate(rows):
+        mean, line = row.sheet.mean(), [row.method]
+        for column in columns:
+            form = ("{}", style.best, style.second)[ranks[column].get(i, 0)]
+            sign = getattr(style, (verdicts or {}).get((row.method, column), ""), "")
+            line.append(form.format(_fixed(mean[column], digits)) + sign)
+        lines.append(line)
+    return lines
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [
-        [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    """Columns of equal width, the first to the left, the others to the right; escape sequences have no width."""
+    sizes = [[len(re.sub("\x1b.*?m", "", text)) for text in line] for line in lines]
+    widths = [max(column) for column in zip(*sizes, strict=True)]
+    padded = []
+    for line, used in zip(lines, sizes, strict=True):
+        first, *others = (" " * (width - size) for width, size in zip(widths, used, strict=True))
+        padded.append("  ".join([line[0] + first, *map("".join, zip(others, line[1:], strict=True))]).rstrip())
+    return "\n".join(padded)
 
 
-def format_markdown(rows: Sequence[Row], digits: int = 3) -> str:
-    header, cells = _cells(rows, digits, ARROWS)
-    rule = [("---" if i < 2 else "---:", 0) for i in range(len(header))]
-    escaped = [[(text.replace("|", r"\|"), place) for text, place in line] for line in [header, *cells]]
-    lines = [escaped[0], rule, *escaped[1:]]
-    return "\n".join("| " + " | ".join(_marked(*cell, MARKDOWN) for cell in line) + " |" for line in lines)
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells, the header first -> a table whose first column is aligned left, the others right."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    escaped = ([text.replace("|", r"\|") for text in line] for line in (lines[0], rule, *lines[1:]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
-def format_latex(rows: Sequence[Row], digits: int = 3) -> str:
-    """A tabular that needs no package."""
-    arrows = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
-    header, cells = _cells(rows, digits, arrows)
-    escaped = [header, *([(_latex(text), place) for text, place in line] for line in cells)]
-    lines = [" & ".join(_marked(*cell, LATEX) for cell in line) + r" \\" for line in escaped]
-    columns = "ll" + "r" * (len(header) - 2)
-    body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
-    return "\n".join([*body, r"\end{tabular}"])
+def latex_table(lines: Sequence[Sequence[str]], rows: Sequence[Row], set_name: str, against: str | None = None) -> str:
+    """The `table_lines` of `rows` as a table environment for the booktabs package, with caption and label."""
+    header, *body = (" & ".join([_latex(line[0]), *line[1:]]) + r" \\" for line in lines)
+    methods = sum(not row.is_baseline for row in rows)
+    if 0 < methods < len(rows):
+        body.insert(methods, r"\midrule")
+    pairs = " or ".join(str(n) for n in sorted({len(row.sheet.images) for row in rows}))
+    caption = f"{_latex(set_name)}, {pairs} image pairs, protocol {rows[0].protocol}. Best in bold, second underlined."
+    if against:
+        caption += (
+            rf" $\dagger$: significantly worse than {_latex(against)}, $\ddagger$: significantly better "
+            "(paired Wilcoxon signed-rank test, Holm, $p < 0.05$)."
+        )
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in f"{set_name}-{rows[0].protocol}")
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    return "\n".join([
+        r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\label{{tab:{label}}}",
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+        r"\end{table}",
+    ])  # fmt: skip
 
 
-def format_csv(rows: Sequence[Row], commit: str) -> str:
-    """Unrounded means, one row a method and protocol; empty where there is none."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [*FACTS, *_columns(rows)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(_record(row, commit, repr))
-    return file.getvalue().rstrip("\n")
+def protocol_lines(rows: Sequence[Row], method: str, digits: int, style: Style) -> list[list[str]]:
+    """Cells of a table of one method: a metric a line, a protocol a column, and which choice makes the difference."""
+    means = {row.protocol: row.sheet.mean() for row in rows if row.method == method}
+    lines = [[method, *means, "what they choose differently"]]
+    for key in _columns(rows):
+        metric = METRICS[key]
+        otherwise = "vifb: mean over the colour channels" if key in TABLES["vifb"] else "nothing"
+        numbers = [_fixed(mean[key], digits) for mean in means.values()]
+        lines.append([key + getattr(style, metric.better), *numbers, metric.choices or otherwise])
+    return lines
 
 
 def format_json(rows: Sequence[Row], commit: str, **more: Any) -> str:
@@ -122,95 +132,130 @@ def format_json(rows: Sequence[Row], commit: str, **more: Any) -> str:
     content = [
         {
             "method": row.method, "protocol": row.protocol, "commit": commit, "pairs": len(row.sheet.images),
-            "images": row.sheet.digest, "baseline": row.is_baseline,
-            "mean": {key: value if math.isfinite(value) else None for key, value in row.sheet.mean().items()},
+            "images": row.sheet.digest, "baseline": row.is_baseline, "mean": row.sheet.mean(),
             "excluded": row.sheet.excluded(),
         }
         for row in rows
     ]  # fmt: skip
-    return json.dumps({"rows": content, **more}, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite({"rows": content, **more}), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def describe_metrics() -> str:
+    """Every metric: what it is, unit, direction, range under `paper` and `standard`, smallest side, source."""
+    blocks = []
+    for metric in METRICS.values():
+        others = [name for name in TABLES if metric.unit_in(name) != metric.unit]
+        units = [metric.unit, *(f"{metric.unit_in(name)} under {name}" for name in others)]
+        unit = f"{', '.join(units)}; " if metric.unit else ""
+        low, high = (f"{bound:.6g}" for bound in metric.value_range)
+        protocols = [name for name in TABLES if defines(name, metric.key)]
+        blocks.append(
+            f"{metric.key}: {(metric.function.__doc__ or '').splitlines()[0]}\n"
+            f"    {unit}{metric.better} is better; range {low} to {high}; smallest side {metric.min_side}\n"
+            f"    protocols {', '.join(protocols)}" + (f"; {metric.choices}" if metric.choices else "") + "\n"
+            f"    {metric.reference}"
+        )
+    return "\n".join(blocks)
+
+
+def describe_protocol(protocol: str) -> str:
+    return f"{protocol}: {PROTOCOLS[protocol]}" + (" (also called toolbox)" if protocol == "tang-2022" else "")
 
 
 def write_per_image(path: Path, rows: Sequence[Row]) -> None:
     """CSV with one line for each method, protocol and image, values unrounded, empty where there is none."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["method", "protocol", "image", *_columns(rows)])
-        for row in rows:
-            for image, values in row.sheet.images.items():
-                writer.writerow([row.method, row.protocol, image, *(_number(v, repr) for v in values.values())])
+    lines = [["method", "protocol", "image", *_columns(rows)]]
+    for row in rows:
+        for image, values in row.sheet.images.items():
+            lines.append([row.method, row.protocol, image, *(_number(value, repr) for value in values.values())])
+    _write_csv(path, lines)
 
 
 def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
     """Adds rows to a CSV of results, six significant digits; rows of the same method and protocol are replaced.
 
+    Others that do the same at that time wait for each other.
+
     Raises:
         InputError: the file is not such a CSV, or its rows are about other images.
     """
-    columns, records = list(FACTS), {}
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            try:
-                reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or [])
-                found = list(reader)
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise InputError(f"{path} is not a file of results ({error}); choose another name") from None
-            if columns[: len(FACTS)] != list(FACTS):
-                raise InputError(f"{path} is not a file of results (its columns are {columns}); choose another name")
-            for number, record in enumerate(found, 1):
-                if None in record or None in record.values():  # how DictReader shows a row too long or too short
-                    raise InputError(f"{path}: row {number} has not as many values as there are columns; mend it first")
-            records = {(record["method"], record["protocol"]): record for record in found}
-    known = {record["images"] for record in records.values()} | {row.sheet.digest[:SHOWN] for row in rows}
-    if len(known) > 1:
-        raise InputError(
-            f"{path} would hold rows about different images ({', '.join(sorted(known))}), which cannot be compared; "
-            "score all pairs of the set, or choose another file"
-        )
-    columns += [column for column in _columns(rows) if column not in columns]
-    for row in rows:
-        records[row.method, row.protocol] = _record(row, commit, "{:.6g}".format)
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records.values())
+    with _locked(path.parent):
+        columns, records = read_results(path) if path.exists() else (list(FACTS), [])
+        kept = {(record["method"], record["protocol"]): record for record in records}
+        known = {record["images"] for record in records} | {row.sheet.digest[:SHOWN] for row in rows}
+        if len(known) > 1:
+            raise InputError(
+                f"{path} would hold rows about different images ({', '.join(sorted(known))}), which cannot be "
+                "compared; score all pairs of the set, or choose another file"
+            )
+        columns += [column for column in _columns(rows) if column not in columns]
+        for row in rows:
+            facts = (row.method, row.protocol, str(len(row.sheet.images)), row.sheet.digest[:SHOWN], commit)
+            means = {key: _number(value, "{:.6g}".format) for key, value in row.sheet.mean().items()}
+            kept[row.method, row.protocol] = dict(zip(FACTS, facts, strict=True)) | means
+        _write_csv(path, [columns, *([record.get(column, "") for column in columns] for record in kept.values())])
+
+
+def read_results(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a CSV of results.
+
+    Raises:
+        InputError: the file is not such a CSV.
+    """
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            reader = csv.DictReader(file)
+            columns, found = list(reader.fieldnames or []), list(reader)
+        except csv.Error as error:
+            raise InputError(f"{path} is not a file of results ({error}); choose another name") from None
+    if columns[: len(FACTS)] != list(FACTS):
+        raise InputError(f"{path} is not a file of results (its columns are {columns}); choose another name")
+    for number, record in enumerate(found, 1):
+        if None in record or None in record.values():  # how DictReader shows a row too long or too short
+            raise InputError(f"{path}: row {number} has not as many values as there are columns; mend it first")
+    return columns, found
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within it, nobody else is within it; where nothing can be locked (Windows, some network drives), nobody waits."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _write_csv(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
     return list(next(iter(rows[0].sheet.images.values())))
 
 
-def _record(row: Row, commit: str, number: Callable[[float], str]) -> Mapping[str, str]:
-    facts = (row.method, row.protocol, str(len(row.sheet.images)), row.sheet.digest[:SHOWN], commit)
-    means = {key: _number(value, number) for key, value in row.sheet.mean().items()}
-    return dict(zip(FACTS, facts, strict=True)) | means
-
-
 def _number(value: float, number: Callable[[float], str]) -> str:
     return "" if math.isnan(value) else number(value)
 
 
-def _cells(
-    rows: Sequence[Row], digits: int, arrows: Mapping[str, str]
-) -> tuple[list[tuple[str, int]], list[list[tuple[str, int]]]]:
-    """Header and lines of (text, place)."""
-    columns = _columns(rows)
-    header = [(name, 0) for name in ("method", "protocol", *(c + arrows[METRICS[c].better] for c in columns))]
-    ranks = {column: places(rows, column) for column in columns}
-    lines = []
-    for i, row in enumerate(rows):
-        mean = row.sheet.mean()
-        values = [("-" if math.isnan(mean[c]) else f"{mean[c]:.{digits}f}", ranks[c].get(i, 0)) for c in columns]
-        lines.append([(row.method, 0), (row.protocol, 0), *values])
-    return header, lines
+def _fixed(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _marked(text: str, place: int, marks: tuple[Mark, Mark]) -> str:
-    return marks[place - 1](text) if place else text
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null instead."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _latex(text: str) -> str:
