@@ -285,7 +285,9 @@ def test_mutated_files_load_right_or_are_refused_and_change_nothing(tmp_path):
             for key, value in other.state_dict().items():  # in half precision where the file has it
                 torch.testing.assert_close(value, wanted[key], rtol=2**-8, atol=0)
     took = f"{time.monotonic() - begin:.1f} s"
-    print(f"\n{sum(counts.values())} mutated checkpoints: {counts['loaded']} loaded right, {counts['refused']} refused, {took}")
+    print(
+        f"\n{sum(counts.values())} mutated checkpoints: {counts['loaded']} loaded right, {counts['refused']} refused, {took}"
+    )
     assert min(counts.values()) > 50
 
 
