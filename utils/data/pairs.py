@@ -126,7 +126,7 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str, by: str = "stem") 
         FileNotFoundError: a folder is missing.
         InputError: two images of a folder are alike, not a single pair is found, or `by` is no regular expression.
     """
-    vis, ir = _images(Path(vis_folder)), _images(Path(ir_folder))
+    vis, ir = images_in(Path(vis_folder)), images_in(Path(ir_folder))
     if by == "order" and len(vis) != len(ir):
         raise InputError(f"--pair-by order: {vis_folder} has {len(vis)} images and {ir_folder} {len(ir)}")
     found = _match(_keyed(vis, by), _keyed(ir, by))
@@ -153,7 +153,7 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
         FileNotFoundError: no such folder.
         InputError: the stems are equal, a file fits both, or not a single pair is found.
     """
-    images = _images(Path(folder))
+    images = images_in(Path(folder))
     by = [f"^{re.escape(stem)}([0-9]+)$" for stem in (vis_stem, ir_stem)]
     vis, ir = ([path for path in images if re.search(each, stem_of(path))] for each in by)
     either = [path.name for path in vis if path in ir]
@@ -175,7 +175,8 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
-def _images(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder in their natural order; InputError where two have one name up to the suffix."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at {folder}")
     paths = [path for path in folder.iterdir() if suffix_of(path) in SUFFIXES and path.name[0] != "."]
