@@ -17,10 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
-from utils.data.degradation import INFRARED, VISIBLE
-from utils.data.degradation_panel import write_examples
-from utils.data.images import luma_of, read_colour, read_luma
-from utils.data.pairs import Pair, check_same_size, find_modalities, list_pairs, read_as
+from utils.data.degradation import INFRARED, VISIBLE, to_levels
+from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_colour
+from utils.data.pairs import Pair, add_pair_option, find_modalities, list_pairs, read_as, refuse_one_source, set_name
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
@@ -30,53 +29,27 @@ from utils.metrics import SMALLEST_SCORED
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
+    add("--data", type=Path, nargs="+", default=[], metavar="DIR",
         help="data sets: folders that hold ir/ and vi/, or MRI/ and one of CT/, PET/, SPECT/; one that is named twice "
-        "counts twice (default: MSRS_train)",
-    )
-    add(
-        "--vi",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="visible (or MRI) folders, besides --data or instead",
-    )
+        "counts twice (default: MSRS_train)")  # fmt: skip
+    add("--vi", type=Path, nargs="+", default=[], metavar="DIR",
+        help="visible (or MRI) folders, besides --data or instead")  # fmt: skip
     add("--ir", type=Path, nargs="+", default=[], metavar="DIR", help="infrared (or CT...) folders, one for each --vi")
+    add_pair_option(parser)
     add("--patch-size", type=int, default=128, help="side of a patch in pixels (default: 128)")
     add("--stride", type=int, default=200, help="step between patches; 200 is published and leaves gaps (default: 200)")
     add("--out", type=Path, help="file to write (default: data/<names>_imgsize_<patch size>_stride_<stride>.h5)")
-    add(
-        "--layout",
-        choices=LAYOUTS,
-        default="compact",
-        help="compact: two compressed uint8 arrays, grey rounded; published: one float32 data set a patch",
-    )
-    add(
-        "--holdout",
-        type=int,
-        default=0,
-        metavar="N",
+    add("--layout", choices=LAYOUTS, default="compact",
+        help="compact: two compressed uint8 arrays, grey rounded; published: one float32 data set a patch")  # fmt: skip
+    add("--holdout", type=int, default=0, metavar="N",
         help="keep one pair in N of each data set out of the patches, in blocks of up to 8 neighbouring names, for "
-        "train.py to validate on (default: 0, none)",
-    )
-    add("--holdout-size", type=int, default=256, help="the middle of a held-out pair, this many pixels (default: 256)")
+        "train.py to validate on (default: 0, none)")  # fmt: skip
+    add("--holdout-size", type=int, default=256, help="the middle of a validation pair, in pixels (default: 256)")
     add("--saliency", action="store_true", help="store saliency maps of the infrared images, which MLFuse trains on")
     add("--colour", action="store_true", help="keep the colours of visible images, for systems that train on them")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
-    add(
-        "--degrade",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="SEED",
-        help="only write a panel of degraded pairs, by default data/degraded_<SEED>.png, and print what was drawn",
-    )
+    text = "only write a panel of degraded pairs (default: data/degraded_<SEED>.png) and print what was drawn"
+    add("--degrade", type=int, nargs="?", const=0, metavar="SEED", help=text)
     for name in ("vis", "ir"):
         text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/data/degradation.py)"
         add(f"--degrade-{name}", default="", metavar="RANGES", help=text)
@@ -100,8 +73,9 @@ def prepare(args: argparse.Namespace) -> int:
     if args.degrade is None and (args.degrade_vis or args.degrade_ir):
         raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
+    lists = [read_as(list_pairs(*both, args.pair_by), args) for both in folders]
     if args.degrade is not None:
-        return show_degraded(args, [pair for both in folders for pair in read_as(list_pairs(*both), args).pairs])
+        return show_degraded(args, [pair for found in lists for pair in found.pairs])
     out = args.out or default_out(folders, args.patch_size, args.stride)
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file whose name ends in .h5")
@@ -109,13 +83,12 @@ def prepare(args: argparse.Namespace) -> int:
 
     pairs: list[Pair] = []
     held_out: set[Pair] = set()
-    for vis_folder, ir_folder in folders:
-        found = read_as(list_pairs(vis_folder, ir_folder), args)
+    for (vis_folder, _), found in zip(folders, lists, strict=True):
+        found.check_usable()
         pairs += found.pairs
         held_out |= set(in_blocks(found.pairs, args.holdout) if args.holdout else [])
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
-
     if args.holdout and not held_out:
         print(
             f"warning: --holdout {args.holdout} holds out none of {len(pairs)} pairs, so train.py cannot validate; "
@@ -154,11 +127,11 @@ def prepare(args: argparse.Namespace) -> int:
             kept += sum(good)
             dropped += len(good) - sum(good)
         if not kept:
-            advice = (
-                "nearly constant sources are named above, and --ir-range auto or --vi-range auto spreads their values"
-                if dropped
-                else f"try a --patch-size below {args.patch_size}"
-            )
+            advice = f"try a --patch-size below {args.patch_size}"
+            if dropped:
+                advice = (
+                    "nearly constant sources are named above; --ir-range auto or --vi-range auto spreads their values"
+                )
             raise InputError(
                 f"not one patch was kept of {len(pairs)} pairs ({dropped} of low contrast, {len(bad)} pairs left out); "
                 f"{advice}. {out} was not written"
@@ -184,12 +157,32 @@ def in_blocks(pairs: Sequence[Pair], one_in: int, longest: int = 8) -> list[Pair
     return [pair for block in blocks[one_in // 2 :: one_in] for pair in block]
 
 
-def show_degraded(args: argparse.Namespace, pairs: list[Pair]) -> int:
-    ranges = VISIBLE.changed(args.degrade_vis), INFRARED.changed(args.degrade_ir)
+def show_degraded(args: argparse.Namespace, pairs: list[Pair], most: int = 4, side: int = 256) -> int:
+    """Writes a panel of pairs, spread evenly, the middle of each: visible, degraded twice, infrared, degraded twice."""
     out = args.out or Path("data") / f"degraded_{args.degrade}.png"
-    bad = write_examples(out, pairs, args.degrade, *ranges)
+    if out.suffix != ".png" or args.degrade < 0:
+        raise InputError(f"--degrade {args.degrade} must be a seed from 0 up, and --out {out} must end in .png")
+    ranges = {"vis": VISIBLE.changed(args.degrade_vis), "ir": INFRARED.changed(args.degrade_ir)}
+    chosen = [pairs[i * len(pairs) // most] for i in range(most)] if len(pairs) > most else pairs
+    rows = []
+    for number, pair in enumerate(chosen):
+        rng = np.random.default_rng((args.degrade, number))
+        draws = [(name, each.draw(rng)) for name, each in ranges.items() for _ in range(2)]
+        try:
+            both = [image / np.float32(255) for image in middle_of(*pair.read(read_colour, read_luma), side)]
+        except BAD_PAIR as error:
+            print(f"warning: {error}; left out", file=sys.stderr)
+            continue
+        shown = [[image, *(draw.apply(image) for name, draw in draws if name == role)]
+                 for role, image in zip(ranges, both, strict=True)]  # fmt: skip
+        rows.append(side_by_side([to_levels(image) for images in shown for image in images]))
+        for name, draw in draws:
+            print(f"{pair.name} {name}: {draw}")
+    if not rows:
+        raise InputError("not one pair could be shown; name other folders by --data")
+    write_colour(out, one_below_another(rows))
     print(f"{out}: each row visible, degraded twice, infrared, degraded twice")
-    return EXIT_BAD_INPUT if bad else 0
+    return EXIT_BAD_INPUT if len(rows) < len(chosen) else 0
 
 
 def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
@@ -201,35 +194,29 @@ def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     data = args.data or ([] if named else [Path("MSRS_train")])
     if args.degrade is not None and not (args.data or named or data[0].exists()):
         data = [in_checkout("test_img", "Sample_IVF")]
+    for vis, ir in named if not args.ir_from_alpha else ():
+        refuse_one_source(vis, ir)
     return [find_modalities(folder) for folder in data] + named
 
 
 def default_out(folders: list[tuple[Path, Path]], patch_size: int, stride: int) -> Path:
-    names = "+".join(dict.fromkeys(vis.resolve().parent.name for vis, _ in folders))
+    names = "+".join(dict.fromkeys(set_name(vis) for vis, _ in folders))
     return Path("data") / f"{names}_imgsize_{patch_size}_stride_{stride}.h5"
 
 
-def read_pair(pair: Pair, colour: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Visible and infrared luma, float32 (H, W) in [0, 255]; on request the visible one in colour, (H, W, 3).
-
-    Raises:
-        InputError: unreadable, or of two sizes.
-    """
-    vis = (read_colour if colour else read_luma)(pair.vis, pair.vis_reading)
-    ir = read_luma(pair.ir, pair.ir_reading)
-    check_same_size(pair, vis, ir)
-    return vis, ir
-
-
 def read_middle(pair: Pair, size: int, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of a pair, at most size x size: float32 in [0, 255] each.
+    """The middle of a pair, at most size x size: luma, float32 (H, W) in [0, 255], or vis in colour, (H, W, 3).
 
     Raises:
         InputError: unreadable, of two sizes, or too small to be scored.
     """
-    vis, ir = read_pair(pair, colour)
+    vis, ir = pair.read(read_colour if colour else read_luma, read_luma)
     if min(ir.shape) < SMALLEST_SCORED:
         raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}; a pair to validate on needs {SMALLEST_SCORED}")
+    return middle_of(vis, ir, size)
+
+
+def middle_of(vis: np.ndarray, ir: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     top, left = (max(0, side - size) // 2 for side in ir.shape)
     middle = np.s_[top : top + size, left : left + size]
     return vis[middle], ir[middle]
@@ -245,7 +232,7 @@ def cut_patches(
     Raises:
         InputError: unreadable, of two sizes, or smaller than a patch.
     """
-    vis, ir = read_pair(pair, colour)
+    vis, ir = pair.read(read_colour if colour else read_luma, read_luma)
     windows = patch_windows(*ir.shape, size, stride)
     if not windows:
         raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}, smaller than a patch of {size}x{size}")

@@ -38,17 +38,8 @@ from utils.data.images import DEEP_SUFFIXES, SUFFIXES, WRITABLE, check_format, s
 from utils.data.pairs import Pair, PairList, add_pair_option, list_pairs, read_as, refuse_one_source, task_of
 from utils.data.readers import add_reading_options, readings_of, stem_of, suffix_of
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography
-from utils.data.sources import Registration, Source, read_source
-from utils.data.video import (
-    DEFAULT_RATE,
-    FrameFolder,
-    RunningRange,
-    SequencePair,
-    VideoFile,
-    VideoPair,
-    check_video_name,
-    is_video,
-)
+from utils.data.sources import Registration, Source, read_sources
+from utils.data.video import FrameFolder, RunningRange, SequencePair, VideoFile, VideoPair, check_video_name, is_video
 from utils.evaluation.benchmark import Method, left_out, load_method
 from utils.inference.colour import COLOURS, fuse_sources
 from utils.inference.fusing import SKIP_HELP, add_inference_options, find_weights, pick_device, pick_precision
@@ -205,7 +196,7 @@ def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: b
         check_video_name(args.out)
     if to_video and args.bits == 16:
         raise InputError("videos have 8 bits; for 16 name a folder with --out, and images are written there")
-    if kind != "an image" and is_image_name(args.out):
+    if kind != "an image" and suffix_of(args.out) in SUFFIXES and not args.out.is_dir():
         raise InputError(f"{args.out} is one image but {args.vi} is {kind}; name a folder with --out")
     if (args.list or args.annotations or args.sequence) and kind != "a folder":
         raise InputError("--list, --annotations and --sequence are for folders")
@@ -225,10 +216,6 @@ def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: b
         check_format(Path("image" + args.suffix), args.bits)
         if Path("image" + args.suffix).name != "image" + args.suffix:
             raise InputError(f"--suffix {args.suffix} must be a format such as .png; --out names the folder")
-
-
-def is_image_name(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def name_in_folder(pair: Pair, args: argparse.Namespace) -> str:
@@ -273,8 +260,8 @@ def open_method(args: argparse.Namespace) -> Method:
 
 def fuse_pair(session: Session, pair: Pair, target: Path) -> int:
     args = session.args
-    vis = read_source(pair.vis, pair.vis_reading)
-    ir = session.register(vis, read_source(pair.ir, pair.ir_reading), target.name)
+    vis, raw = read_sources(pair)
+    ir = session.register(vis, raw, target.name)
     started = time.perf_counter()
     fused = session.fuse(vis, ir)
     elapsed_s = time.perf_counter() - started
@@ -299,8 +286,8 @@ def fuse_folder(session: Session, found: PairList) -> int:
         for pair in progress(found.pairs, str(args.out), "pair"):
             try:
                 target = args.out / name_in_folder(pair, args)
-                vis = read_source(pair.vis, pair.vis_reading)
-                ir = session.register(vis, read_source(pair.ir, pair.ir_reading), pair.name)
+                vis, raw = read_sources(pair)
+                ir = session.register(vis, raw, pair.name)
                 fused = session.fuse(vis, ir)
                 write_image(target, fused, bits=args.bits)
                 session.fused += 1
@@ -317,10 +304,9 @@ def fuse_folder(session: Session, found: PairList) -> int:
     elapsed_s = time.perf_counter() - started
     each = f", in {elapsed_s:.1f} s ({elapsed_s / len(done):.2f} s a pair)" if done else ""
     print(f"{args.out}: {len(done)} of {len(found.pairs)} pairs fused{each}")
-    if args.annotations and done:
-        without = [entry["name"] for entry in done if not entry["annotation"]]
-        if without:
-            print(f"warning: no annotation in {args.annotations} for {listed(without)}", file=sys.stderr)
+    without = [entry["name"] for entry in done if args.annotations and not entry["annotation"]]
+    if without:
+        print(f"warning: no annotation in {args.annotations} for {listed(without)}", file=sys.stderr)
     session.say_what_was_seen()
     return 0 if len(done) == len(found.pairs) else EXIT_BAD_INPUT
 
@@ -347,7 +333,7 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
     args = session.args
     refuse_sources(args.out, args)
     frames = SequencePair(found) if found else VideoPair(args.vi, args.ir, args.offset, readings_of(args))
-    rate = args.fps or frames.rate or DEFAULT_RATE
+    rate = args.fps or frames.rate
     names = {pair.name: name_in_folder(pair, args) for pair in found.pairs} if found else {}
     started = time.perf_counter()
     to_video = is_video(args.out)

@@ -2,6 +2,7 @@
 
 python test_IVF.py                       # TNO and RoadScene, or the bundled samples where those are absent
 python test_IVF.py --data my_images      # my_images/vi/*.png and my_images/ir/*.png
+python test_IVF.py --vi RGB --ir thermal --pair-by number --limit 5
 python test_IVF.py --weights runs/cddfuse_ivf/CDDFuse_IVF.pth --baselines
 python test_IVF.py --system mlfuse --weights model_fuse.pth
 """

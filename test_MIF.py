@@ -3,7 +3,7 @@
     python test_MIF.py                       # MRI_CT, MRI_PET and MRI_SPECT, or the bundled samples
     python test_MIF.py --data my_images      # my_images/MRI/*.png and my_images/PET/*.png
     python test_MIF.py --weights models/CDDFuse_MIF.pth --skip none
-    python test_MIF.py --system mlfuse --weights model_fuse.pth --data ct_mri_set --pairs flat --stems mrict ct
+    python test_MIF.py --system mlfuse --weights model_fuse.pth --data ct_mri_set --stems mrict ct
 
 By default both of CDDFuse's weights are run, the infrared-visible ones (the decoder sees the sum of both images) and
 the medical ones (it sees none), as published.

@@ -193,21 +193,41 @@ def test_bad_patch_files_are_refused(tmp_path):
         file["something"] = np.zeros(3)
     with pytest.raises(InputError, match="not a readable patch file"):
         PatchDataset(tmp_path / "other.h5")
+    good = np.zeros((2, 48, 48), np.uint8)
     bad = {
         "group": {"vis/a": np.zeros(3), "ir/a": np.zeros(3)},
         "scalar": {"vis": 1.0, "ir": 1.0},
-        "flat": {"vis": np.zeros((2, 8), np.uint8), "ir": np.zeros((2, 8), np.uint8)},
+        "flat": {"vis": good[0], "ir": good[0]},
         "names": {"vis_patchs/a": np.zeros((1, 8, 8)), "ir_patchs/a": np.zeros((1, 8, 8))},
         "unequal": {f"{g}/{i}": np.zeros((1, 8, 8 + i)) for g in ("vis_patchs", "ir_patchs") for i in range(2)},
         "range": {"vis": np.full((2, 8, 8), 7.0), "ir": np.full((2, 8, 8), 7.0)},
         "nan": {"vis": np.full((2, 8, 8), np.nan), "ir": np.zeros((2, 8, 8))},
+        "big-endian": {"vis": np.zeros((2, 8, 8), ">f4"), "ir": np.zeros((2, 8, 8), ">f4")},
+        "compound": {"vis": np.zeros((2, 8, 8), "u1,u1"), "ir": good},
+        "text": {"vis": np.full((2, 8, 8), b"abc"), "ir": good},
+        "no size": {"vis": good[:, :0], "ir": good[:, :0]},
+        "another file": {"vis": h5py.ExternalLink(tmp_path / "good.h5", "vis"), "ir": good},
+        "small pair": {"vis": good, "ir": good, "validation/0": good[:, :10, :10]},
+        "float pair": {"vis": good, "ir": good, "validation/0": good / 1.0},
+        "flat pair": {"vis": good, "ir": good, "validation/0": good[0]},
     }
-    for name, content in bad.items():
+    for name, content in {"good": {"vis": good, "ir": good, "validation/0": good}, **bad}.items():
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             for key, value in content.items():
                 file[key] = value
-        with pytest.raises(InputError, match=f"{name}.h5"):
+                if key.startswith("validation"):
+                    file[key].attrs["name"] = "one"
+    assert len(PatchDataset(tmp_path / "good.h5").held_out) == 1
+    for name, options in (("huge", {"chunks": (1, 8, 8)}), ("external", {"external": [(tmp_path / "raw", 0, 10**9)]})):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            shape = (10**12, 8, 8) if name == "huge" else (2, 8, 8)
+            file.create_dataset("vis", shape, np.uint8, **options)
+            file["ir"] = good
+    said = {"huge": "declares", "external": "another file", "small pair": "validation pair one"}
+    for name in {**bad, **said}:
+        with pytest.raises(InputError, match=f"{name}.h5 is not a readable patch file .*{said.get(name, '')}") as error:
             PatchDataset(tmp_path / f"{name}.h5")
+        assert "\n" not in str(error.value)
     with PatchWriter(tmp_path / "empty.h5", 8):
         pass
     with pytest.raises(InputError, match="at least one"):

@@ -1,14 +1,12 @@
-"""TSDM-Fusion's degradation model: a clean infrared or visible image -> a dim, noisy, blurred, JPEG-damaged one.
+"""TSDM-Fusion's degradation model: a clean infrared or visible image -> a dim, noisy, blurred, JPEG-compressed one.
 
     from utils.data.degradation import degrade_pair
 
-    bad_vis, bad_ir = degrade_pair(vis, ir, seed=7)  # the same seed, the same damage
+    bad_vis, bad_ir = degrade_pair(vis, ir, seed=7)  # the same seed, the same degradation
 
 Order: brightness, contrast, then noise and blur in either order, then JPEG once or twice. What may be drawn is a
 `Ranges`, of which `VISIBLE` and `INFRARED` are the published ones; what was drawn is a `Degradation`, which does
-the same to every image it is applied to. Needs numpy and OpenCV.
-
-An image here is float32 in [0, 1]: (H, W, 3), red first, or (H, W) grey.
+the same to every image it is applied to. An image is float32 in [0, 1]: (H, W, 3), red first, or (H, W) grey.
 
 Source: the degradation model of "A Novel Teacher-Student Framework With Degradation Model for Infrared-Visible
 Image Fusion", IEEE Trans. Instrum. Meas. 73, 2024. Where paper and published code differ, the code is followed;
@@ -25,10 +23,10 @@ import cv2
 import numpy as np
 
 from utils.common import InputError
+from utils.data.images import luma_of
 
 NOISES = ("independent", "shared", "correlated")
 _SMALLEST_VARIANCE = 1e-3  # of a blur: below, the neighbours of a pixel weigh nothing and a covariance is singular
-_LUMA = (0.299, 0.587, 0.114)
 _LARGEST_WHOLE = 2**31  # far beyond any level or radius; what is drawn stays a 64-bit number
 
 
@@ -81,15 +79,16 @@ class Ranges:
         problems = []
         for item in dataclasses.fields(self):
             name, value = item.name, getattr(self, item.name)
-            if isinstance(item.default, tuple):
-                whole = isinstance(item.default[0], int)
-                highest = 100 if "quality" in name else _LARGEST_WHOLE if whole else np.inf
-                if len(value) != 2 or not 0 <= value[0] <= value[1] <= highest or not np.isfinite(value[1]):
-                    problems.append(f"{name} {value} must be two numbers from 0 up, the lower first")
-                elif whole and any(end != int(end) for end in value):
-                    problems.append(f"{name} {value} must be whole numbers")
-            elif not 0 <= value <= 1:
-                problems.append(f"{name} {value} must be in [0, 1]")
+            if not isinstance(item.default, tuple):
+                if not 0 <= value <= 1:
+                    problems.append(f"{name} {value} must be in [0, 1]")
+                continue
+            whole = isinstance(item.default[0], int)
+            highest = 100 if "quality" in name else _LARGEST_WHOLE if whole else np.finfo(float).max
+            if len(value) != 2 or not 0 <= value[0] <= value[1] <= highest:
+                problems.append(f"{name} {value} must be two numbers from 0 up, the lower first")
+            elif whole and any(end != int(end) for end in value):
+                problems.append(f"{name} {value} must be whole numbers")
         if self.independent_probability + self.shared_probability > 1 + 1e-9:
             problems.append("independent_probability and shared_probability are more than 1 together")
         if problems:
@@ -202,29 +201,12 @@ class Degradation:
         >>> print(VISIBLE.draw(np.random.default_rng(0)))
         brightness 1.14; contrast 0.71; blur 11 px, std 0.98 x 0.98; independent noise 11; JPEG 83
         """
-        names = [f"brightness {self.brightness:.2f}"] if self.brightness != 1 else []
-        names.append(f"contrast {self.contrast:.2f}")
+        brightness = f"brightness {self.brightness:.2f}; " if self.brightness != 1 else ""
         std = np.sqrt(self.blur_variances)
-        steps = [
-            f"blur {self.kernel_size} px, std {std[0]:.2f} x {std[1]:.2f}",
-            f"{self.noise} noise {self.noise_level}",
-        ]
-        names += steps[::-1] if self.noise_first else steps
-        return "; ".join([*names, "JPEG " + ", ".join(map(str, self.jpeg_qualities))])
-
-
-def degrade(image: np.ndarray, seed: int | Sequence[int], ranges: Ranges = VISIBLE) -> np.ndarray:
-    """Draws a degradation and applies it: (H, W) or (H, W, 3) float in [0, 1] -> the same, float32.
-
-    Args:
-        image: as above.
-        seed: whole numbers from 0 up; with the ranges they decide everything.
-        ranges: what may be drawn.
-
-    Raises:
-        ValueError: as `Degradation.apply`.
-    """
-    return ranges.draw(np.random.default_rng(seed)).apply(image)
+        steps = f"blur {self.kernel_size} px, std {std[0]:.2f} x {std[1]:.2f}", f"{self.noise} noise {self.noise_level}"
+        first, second = steps[::-1] if self.noise_first else steps
+        qualities = ", ".join(map(str, self.jpeg_qualities))
+        return f"{brightness}contrast {self.contrast:.2f}; {first}; {second}; JPEG {qualities}"
 
 
 def degrade_pair(
@@ -240,7 +222,7 @@ def degrade_pair(
         vis: (H, W, 3) or (H, W) in [0, 1].
         ir: (H, W) in [0, 1]. The published code degrades three equal channels and takes their grey, which averages
             a third of the noise away; so does `ir_ranges.legacy`.
-        seed: as in `degrade`.
+        seed: whole numbers from 0 up; with the ranges they decide everything.
         vis_ranges, ir_ranges: what may be drawn.
 
     Returns:
@@ -254,12 +236,7 @@ def degrade_pair(
     infrared = ir_ranges.draw(rng)
     if not ir_ranges.legacy:
         return vis, infrared.apply(ir)
-    return vis, to_luma(infrared.apply(np.repeat(check_image(ir)[..., None], 3, axis=2)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The parts
-# ---------------------------------------------------------------------------------------------------------
+    return vis, luma_of(infrared.apply(np.repeat(check_image(ir)[..., None], 3, axis=2)))
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
@@ -273,11 +250,6 @@ def check_image(image: np.ndarray) -> np.ndarray:
     if image.dtype.kind != "f" or not np.isfinite(image).all():
         raise ValueError(f"an image must be of finite floats in [0, 1], got {image.dtype}")
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0, 1)
-
-
-def to_luma(image: np.ndarray) -> np.ndarray:
-    """0.299 R + 0.587 G + 0.114 B: (H, W, 3) -> (H, W) float32."""
-    return image @ np.array(_LUMA, np.float32)
 
 
 def to_levels(image: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from utils.common import ROOT, InputError, file_sha256, listed, whole_file
-from utils.data.images import SUFFIXES, read_grey
-from utils.data.pairs import find_modalities, list_pairs
+from utils.data.images import read_grey
+from utils.data.pairs import find_modalities, images_in, list_pairs
 
 FOLDER = ROOT / "results" / "manifests"
 SHOWN = 12  # hexadecimal digits of a digest in tables
@@ -56,13 +56,14 @@ def make_manifest(folder: Path) -> dict[str, Any]:
     found = list_pairs(vis_folder, ir_folder)
     if found.unmatched():
         raise InputError(f"{folder}: {found.unmatched()}; a manifest needs whole pairs")
-    files: dict[str, dict[str, dict[str, str]]] = {vis_folder.name: {}, ir_folder.name: {}}
+    names = [path.relative_to(folder).as_posix() for path in (vis_folder, ir_folder)]
+    files: dict[str, dict[str, dict[str, str]]] = {name: {} for name in names}
     pairs = []
     for pair in found.pairs:
         images = pair.read()
         pairs.append(pair_digest(*images))
-        for path, image in zip((pair.vis, pair.ir), images, strict=True):
-            files[path.parent.name][path.name] = {"sha256": file_sha256(path), "grey": grey_digest(image)}
+        for name, path, image in zip(names, (pair.vis, pair.ir), images, strict=True):
+            files[name][path.name] = {"sha256": file_sha256(path), "grey": grey_digest(image)}
     return {"set": folder.resolve().name, "pairs": len(pairs), "images": list_digest(pairs), "files": files}
 
 
@@ -122,7 +123,8 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Verdict:
     """Compares a set on disk with its manifest. Files are found by name, whatever their suffix."""
     fates: dict[str, list[str]] = {key: [] for key in Verdict.__dataclass_fields__}
     for modality, files in manifest["files"].items():
-        present = _images_in(folder / modality)
+        there = folder / modality
+        present = {path.stem: path for path in images_in(there)} if there.is_dir() else {}
         for name, want in files.items():
             path = present.pop(Path(name).stem, None)
             fates[_fate(path, want)].append(f"{modality}/{name}")
@@ -139,10 +141,3 @@ def _fate(path: Path | None, want: dict[str, str]) -> str:
         return "same_image" if grey_digest(read_grey(path)) == want["grey"] else "different"
     except InputError:  # not even an image
         return "different"
-
-
-def _images_in(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        return {}
-    paths = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
-    return {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()}

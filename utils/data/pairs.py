@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,9 @@ PARTS = ("train", "test")  # folders that may lie above or below those two
 _PROPOSED = ("stem", "number", "([0-9]+)[^0-9]*$", "^[^0-9]*([0-9]+)")
 
 
+Reader = Callable[[Path, Reading], np.ndarray]
+
+
 class Pair(NamedTuple):
     """Files of one scene: `vis` is visible or MRI, `ir` is infrared, CT, PET or SPECT; `name` is the stem of `vis`."""
 
@@ -48,24 +51,21 @@ class Pair(NamedTuple):
     vis_reading: Reading = PLAIN
     ir_reading: Reading = PLAIN
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both images as grey levels, vis first.
+    def read(self, read_vis: Reader | None = None, read_ir: Reader | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Both images, vis first; by default as grey levels, by `read_grey`.
 
         Raises:
-            InputError: as `read_grey`, or the two sizes differ.
+            FileNotFoundError, InputError: as the functions that read, or the two sizes differ.
         """
-        vis, ir = read_grey(self.vis, self.vis_reading), read_grey(self.ir, self.ir_reading)
-        check_same_size(self, vis, ir)
+        vis = (read_vis or read_grey)(self.vis, self.vis_reading)
+        ir = (read_ir or read_grey)(self.ir, self.ir_reading)
+        if vis.shape[:2] != ir.shape[:2]:
+            sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
+            raise InputError(
+                f"{self.vis} is {sizes[0]} but {self.ir} is {sizes[1]} (width x height); "
+                "a pair must be aligned and of one size: resize or crop one of the two files"
+            )
         return vis, ir
-
-
-def check_same_size(pair: Pair, vis: np.ndarray, ir: np.ndarray) -> None:
-    if vis.shape[:2] != ir.shape[:2]:
-        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
-        raise InputError(
-            f"{pair.vis} is {sizes[0]} but {pair.ir} is {sizes[1]} (width x height); "
-            "a pair must be aligned and of one size: resize or crop one of the two files"
-        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str, by: str = "stem") 
         FileNotFoundError: a folder is missing.
         InputError: two images of a folder are alike, not a single pair is found, or `by` is no regular expression.
     """
-    vis, ir = _images(Path(vis_folder)), _images(Path(ir_folder))
+    vis, ir = images_in(Path(vis_folder)), images_in(Path(ir_folder))
     if by == "order" and len(vis) != len(ir):
         raise InputError(f"--pair-by order: {vis_folder} has {len(vis)} images and {ir_folder} {len(ir)}")
     found = _match(_keyed(vis, by), _keyed(ir, by))
@@ -153,7 +153,7 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
         FileNotFoundError: no such folder.
         InputError: the stems are equal, a file fits both, or not a single pair is found.
     """
-    images = _images(Path(folder))
+    images = images_in(Path(folder))
     by = [f"^{re.escape(stem)}([0-9]+)$" for stem in (vis_stem, ir_stem)]
     vis, ir = ([path for path in images if re.search(each, stem_of(path))] for each in by)
     either = [path.name for path in vis if path in ir]
@@ -175,7 +175,8 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
-def _images(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder in their natural order; InputError where two have one name up to the suffix."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at {folder}")
     paths = [path for path in folder.iterdir() if suffix_of(path) in SUFFIXES and path.name[0] != "."]
@@ -285,8 +286,17 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
 
 def role_names(vis: Path, ir: Path) -> tuple[str, str]:
     """What a data set calls its visible (or MRI) and its infrared (or CT...) images; vi and ir if both the same."""
-    names = [next((part for part in reversed(path.parts) if part.lower() not in PARTS), "") for path in (vis, ir)]
-    return (names[0], names[1]) if names[0] != names[1] else ("vi", "ir")
+    vis_name, ir_name = _names(vis)[-1], _names(ir)[-1]
+    return (vis_name, ir_name) if vis_name != ir_name else ("vi", "ir")
+
+
+def set_name(vis: Path) -> str:
+    """What a data set is called: as the folder above its visible images, train/ and test/ passed over."""
+    return _names(vis)[-2]
+
+
+def _names(folder: Path) -> list[str]:
+    return ["set", "set", *(part for part in Path(os.path.abspath(folder)).parts[1:] if part.lower() not in PARTS)]
 
 
 def task_of(vis: Path, ir: Path) -> str:
@@ -321,8 +331,7 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None
     if args.vi or args.ir:
         if not (args.vi and args.ir) or args.data or args.sets or args.stems:
             raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
-        above = [part for part in args.vi.absolute().parts[1:] if part.lower() not in PARTS][:-1]
-        sets = [open_set(above[-1] if above else "set", args.vi, args.ir, args)]
+        sets = [open_set(set_name(args.vi), args.vi, args.ir, args)]
     elif args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
         if not args.data:
             raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")

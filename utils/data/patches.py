@@ -20,8 +20,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -32,11 +31,13 @@ from torch.utils.data import Dataset
 from utils.common import InputError, whole_file
 from utils.data.images import grey_of
 from utils.data.manifests import SHOWN, list_digest, pair_digest
+from utils.metrics import SMALLEST_SCORED
 
 LAYOUTS = ("compact", "published")
 _GROUPS = {"vis": "vis_patchs", "ir": "ir_patchs"}
 _VALIDATION = "validation"
 _SALIENCY = "ir_saliency"
+_MOST_COMPRESSED = 1040  # bytes that deflate, our compression, can make of one
 
 
 class Batch(NamedTuple):
@@ -91,32 +92,23 @@ class PatchWriter:
     """Writes a patch file; it appears under its name only when the `with` block ends without an error.
 
     Args:
-        path: the .h5 file.
-        size: side of the square patches.
-        layout: "compact" or "published".
+        path, size, layout: the .h5 file, the side of the square patches, "compact" or "published".
         about: attributes stored in the file: plain strings and numbers.
         saliency: whether `add` is given saliency maps as well; compact layout only.
         colour: whether visible patches are in colour; compact layout only.
     """
 
     def __init__(
-        self,
-        path: Path | str,
-        size: int,
-        layout: str = "compact",
-        about: dict | None = None,
-        *,
-        saliency: bool = False,
-        colour: bool = False,
-    ) -> None:
+        self, path: Path | str, size: int, layout: str = "compact", about: dict | None = None,
+        *, saliency: bool = False, colour: bool = False,
+    ) -> None:  # fmt: skip
         if layout not in LAYOUTS:
             raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if (saliency or colour) and layout != "compact":
             what = "saliency maps are" if saliency else "colour is"
             raise InputError(f"{what} stored in the layout compact, not in {layout!r}")
-        self.colour = colour
         self.names = ("vis", "ir", _SALIENCY) if saliency else ("vis", "ir")
-        self.path, self.size, self.layout, self.about = Path(path), size, layout, about or {}
+        self.path, self.size, self.layout, self.about, self.colour = Path(path), size, layout, about or {}, colour
         self.count = 0
 
     def __enter__(self) -> PatchWriter:
@@ -156,11 +148,9 @@ class PatchWriter:
         pair = np.round(np.stack([*([vis] if vis.ndim == 2 else np.moveaxis(vis, -1, 0)), ir])).astype(np.uint8)
         group.create_dataset(f"{len(group):06d}", data=pair, compression="gzip").attrs["name"] = name
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
-            self._stack.__exit__(kind, error, trace)
+            self._stack.__exit__(*error)
         except RuntimeError as closing:  # what h5py raises when the disk is full
             raise OSError(f"{self.path} could not be written; is the disk full?") from closing
 
@@ -168,11 +158,11 @@ class PatchWriter:
 class PatchDataset(Dataset):
     """Patches of a file in either layout: `dataset[i]` is (vis, ir), float32 (1, H, W) in [0, 1] each.
 
+    All patches are held in memory in the type of the file (MSRS in the compact layout: about 0.2 GB).
+
     Args:
         path: the file.
         colour: take visible patches as they are, (3, H, W) where they have colour; otherwise their grey levels.
-
-    All patches are held in memory in the type of the file (MSRS in the compact layout: about 0.2 GB).
 
     Attributes:
         vis, ir: the patches as stored, (N, H, W), or (N, H, W, 3).
@@ -182,44 +172,29 @@ class PatchDataset(Dataset):
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: not a patch file, damaged, empty, or unequal numbers of patches.
+        InputError: not a patch file, or one that cannot be trained and validated on; it says why.
     """
 
     def __init__(self, path: Path | str, *, colour: bool = False) -> None:
         path = Path(path)
         if path.is_dir():
-            raise InputError(
-                f"{path} is a folder, and training needs a patch file of it; make one with "
-                f"`python dataprocessing.py --data {path} --out data/mine.h5`, and train with --data data/mine.h5"
-            )
+            command = f"python dataprocessing.py --data {path} --out data/mine.h5"
+            raise InputError(f"{path} is a folder; make a patch file of it with `{command}`, and train on that")
         if not path.is_file():
             raise FileNotFoundError(f"no patch file at {path}; make one with `python dataprocessing.py --out {path}`")
         try:
             with h5py.File(path, "r") as file:
                 vis, ir = (_read_patches(file, name) for name in ("vis", "ir"))
-                saliency = file[_SALIENCY][:] if _SALIENCY in file else None
+                saliency = _read(file, _SALIENCY) if _SALIENCY in file else None
                 self.about = {key: _plain(value) for key, value in file.attrs.items()}
                 pairs = file.get(_VALIDATION, {})
-                self.held_out = [_read_held_out(pairs[key], colour) for key in sorted(pairs)]
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+                self.held_out = [_read_held_out(pairs, key, colour) for key in sorted(pairs)]
+            _check(vis, ir, saliency)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
             raise InputError(
-                f"{path} is not a readable patch file ({error}); make it again with `python dataprocessing.py`"
+                f"{path} is not a readable patch file ({reason}); make it again with `python dataprocessing.py`"
             ) from error
-        if vis.shape not in (ir.shape, (*ir.shape, 3)) or ir.ndim != 3 or not len(vis):
-            raise InputError(
-                f"{path} holds visible patches {vis.shape} and infrared patches {ir.shape}, which must be equally many "
-                "(N, H, W), visible ones also (N, H, W, 3), and at least one; "
-                "make it again with `python dataprocessing.py`"
-            )
-        if any(array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1) for array in (vis, ir)):
-            raise InputError(
-                f"{path} holds patches of {vis.dtype} outside [0, 1]; make it again with `python dataprocessing.py`"
-            )
-        if saliency is not None and (saliency.shape != ir.shape or saliency.dtype != np.uint8):
-            raise InputError(
-                f"{path} holds saliency maps {saliency.shape} for infrared patches {ir.shape}; "
-                "make it again with `python dataprocessing.py --saliency`"
-            )
         if vis.ndim == 4 and not colour:
             vis = np.stack([grey_of(patch).astype(np.uint8) for patch in vis])
         self.vis, self.ir = torch.from_numpy(vis), torch.from_numpy(ir)
@@ -268,17 +243,10 @@ def to_unit(patches: Tensor) -> Tensor:
 
 
 def random_batches(
-    dataset: PatchDataset,
-    batch_size: int,
-    seed: Sequence[int],
-    *,
-    crop: int = 0,
-    flips: bool = False,
-    batches: int = 0,
-    start: int = 0,
-    part: tuple[int, int] = (0, 1),
+    dataset: PatchDataset, batch_size: int, seed: Sequence[int],
+    *, crop: int = 0, flips: bool = False, batches: int = 0, start: int = 0, part: tuple[int, int] = (0, 1),
     smallest: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[Batch]:  # fmt: skip
     """One epoch of shuffled batches, where the patches are; pixels in [0, 1].
 
     What is drawn depends on the arguments alone, so an epoch can be repeated, or gone on with in its middle,
@@ -336,18 +304,48 @@ def batches_in_epoch(patches: int, batch_size: int, count: int = 1, smallest: in
     return patches // batch_size + (patches % batch_size // count >= smallest)
 
 
+def _read(group: h5py.Group, name: str) -> np.ndarray:
+    """A stored array, whole. Raises ValueError where it is no array of numbers that lie in this file."""
+    stored = group[name]
+    if not isinstance(stored, h5py.Dataset) or stored.dtype not in (np.uint8, np.float32, np.float64):
+        raise ValueError(f"{name} is {getattr(stored, 'dtype', 'a group')}, not an array of uint8 or native float32")
+    if stored.external or stored.is_virtual or stored.file.filename != group.file.filename:
+        raise ValueError(f"{name} lies in another file")
+    if stored.nbytes > _MOST_COMPRESSED * stored.id.get_storage_size():
+        raise ValueError(f"{name} declares {stored.shape}, more than the file can hold")
+    return stored[:]
+
+
 def _read_patches(file: h5py.File, name: str) -> np.ndarray:
     if name in file:
-        return file[name][:]
+        return _read(file, name)
     group = file[_GROUPS[name]]
     # Numbers, not text: HDF5 lists 10 before 2, and both groups must come in one order.
-    return np.concatenate([group[key][:] for key in sorted(group, key=int)]) if len(group) else np.empty((0, 0, 0))
+    return np.concatenate([_read(group, key) for key in sorted(group, key=int)]) if len(group) else np.empty((0, 0, 0))
 
 
-def _read_held_out(stored: h5py.Dataset, colour: bool) -> HeldOut:
-    *vis, ir = stored[:]
-    image = vis[0] if len(vis) == 1 else np.stack(vis, axis=-1)
-    return HeldOut(str(stored.attrs["name"]), image if colour else grey_of(image).astype(np.uint8), ir)
+def _read_held_out(group: h5py.Group, key: str, colour: bool) -> HeldOut:
+    pair, name = _read(group, key), str(group[key].attrs["name"])
+    if pair.dtype != np.uint8 or len(pair) not in (2, 4) or pair.ndim != 3 or min(pair.shape[1:]) < SMALLEST_SCORED:
+        raise ValueError(
+            f"the validation pair {name} is {pair.dtype} {pair.shape}; it must be uint8 (2 or 4, H, W) with sides of "
+            f"at least {SMALLEST_SCORED}, which the metrics need"
+        )
+    vis = pair[0] if len(pair) == 2 else np.moveaxis(pair[:3], 0, -1).copy()
+    return HeldOut(name, vis if colour else grey_of(vis).astype(np.uint8), pair[-1])
+
+
+def _check(vis: np.ndarray, ir: np.ndarray, saliency: np.ndarray | None) -> None:
+    """Raises ValueError where patches do not belong together or are not in their range."""
+    if vis.shape not in (ir.shape, (*ir.shape, 3)) or ir.ndim != 3 or not ir.size:
+        raise ValueError(
+            f"it holds visible patches {vis.shape} and infrared patches {ir.shape}, which must be equally many "
+            "(N, H, W), visible ones also (N, H, W, 3), and at least one"
+        )
+    if any(array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1) for array in (vis, ir)):
+        raise ValueError(f"patches of {vis.dtype} are outside [0, 1]")
+    if saliency is not None and (saliency.shape != ir.shape or saliency.dtype != np.uint8):
+        raise ValueError(f"saliency maps are {saliency.dtype} {saliency.shape} for infrared patches {ir.shape}")
 
 
 def _plain(value: object) -> object:

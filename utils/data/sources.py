@@ -11,6 +11,7 @@ import numpy as np
 
 from utils.common import InputError
 from utils.data.images import colour_of_pixels, grey_of_pixels, is_coloured
+from utils.data.pairs import Pair
 from utils.data.readers import PLAIN, Reading, Values, decode, levels_of
 from utils.data.registration import coverage, resize, warp
 
@@ -44,6 +45,11 @@ def read_source(path: Path, reading: Reading = PLAIN) -> Source:
         FileNotFoundError, InputError: as `utils.data.images.read_grey`.
     """
     return _source(str(path), decode(path, reading))
+
+
+def read_sources(pair: Pair) -> tuple[Source, Source]:
+    """Both images of a pair, visible first, as they were asked to be read."""
+    return read_source(pair.vis, pair.vis_reading), read_source(pair.ir, pair.ir_reading)
 
 
 def frame_source(name: str, frame: np.ndarray, reading: Reading = PLAIN) -> Source:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from utils.common import InputError, check_target, check_writable, remember_source
 from utils.data.images import to_uint8, write_image
-from utils.data.pairs import Pair, PairList, natural
+from utils.data.pairs import PairList, natural
 from utils.data.readers import DEEP_FRAMES, PLAIN, Reading, auto_range
-from utils.data.sources import Source, frame_source, read_source
+from utils.data.sources import Source, frame_source, read_sources
 
 SUFFIXES = frozenset(".avi .mp4 .mkv .mov .m4v .mpg .mpeg .webm .wmv .ts".split())
 
@@ -93,7 +93,7 @@ class VideoPair:
 
     Attributes:
         count: pairs, as far as the files say; None where they do not.
-        rate: frames a second of the visible one, None where it does not say.
+        rate: frames a second of the visible one, 25 where it does not say.
         rest: after the last pair, what was left over though no offset was given, or "".
 
     Raises:
@@ -111,7 +111,7 @@ class VideoPair:
         for path in self.paths:
             remember_source(path)
         counts, rates = ([getattr(each, name) for each in frames] for name in ("count", "rate"))
-        self.rate = rates[0] or None
+        self.rate = rates[0] or DEFAULT_RATE
         if offset and not all(rates):
             raise InputError(f"--offset: {self.paths[rates.index(0)]} does not say how many frames a second it has")
         self._rates = rates if all(rates) else [1.0, 1.0]
@@ -147,21 +147,17 @@ class SequencePair:
 
     Attributes:
         count: pairs.
-        rate, rest: as of `VideoPair`; None and empty.
+        rate, rest: as of `VideoPair`; 25 and empty.
     """
 
     def __init__(self, found: PairList) -> None:
         self.pairs = sorted(found.pairs, key=lambda pair: natural(pair.name))
         self.count = len(self.pairs)
-        self.rate, self.rest = None, ""
+        self.rate, self.rest = DEFAULT_RATE, ""
 
     def __iter__(self) -> Iterator[tuple[str, Load]]:
         for pair in self.pairs:
-            yield pair.name, partial(_read_pair, pair)
-
-
-def _read_pair(pair: Pair) -> tuple[Source, Source]:
-    return read_source(pair.vis, pair.vis_reading), read_source(pair.ir, pair.ir_reading)
+            yield pair.name, partial(read_sources, pair)
 
 
 class VideoFile:
