@@ -111,7 +111,7 @@ def test_whatever_lies_beside_the_networks_is_left_out_and_named_in_one_line(tmp
     load_checkpoint(saved({**published(Small()), **beside, "about": {"task": "mif"}}, tmp_path), other)
     assert same(other, Small().state_dict())
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "holds beside the weights" in err and "args, epoch, loss_history and 3 more" in err
+    assert err.count("\n") == 1 and "left out" in err and "args, epoch, loss_history and 3 more" in err
     load_checkpoint(saved({**published(Small()), "epoch": 3}, tmp_path), other)
     assert not capsys.readouterr().err  # as published files have it
 
@@ -131,13 +131,6 @@ def test_what_we_save_is_the_published_format(model, tmp_path):
     other = net.CDDFuse()
     assert load_checkpoint(tmp_path / "new" / "weights.pth", other) == about
     assert same(other, model.state_dict())
-
-
-def test_published_style_file_at_hand_loads(fusion_data):
-    path = fusion_data.parent / "golden" / "cddfuse_random.pth"
-    if not path.is_file():
-        pytest.skip(f"no file at {path}")
-    assert load_checkpoint(path, net.CDDFuse()) == {}
 
 
 def test_parts_that_fit_are_taken_from_a_file_of_another_system(model, tmp_path):
@@ -168,20 +161,19 @@ def changed(**tensors: Tensor | int | None) -> dict:
 
 WEIGHT = torch.zeros(2, 3)
 BAD = {
-    "is empty": b"",
+    "it is empty": b"",
     "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "not a PyTorch checkpoint": b"text",
     "holds a Tensor, not a dict": WEIGHT,
     "holds a torch.nn.modules.linear.Linear, not a dict": nn.Linear(1, 1),
     "another network: it holds nothing, not BaseFuseLayer, DIDF_Encoder": {},
     "it holds BaseFuseLayer, not DIDF_Encoder": {"BaseFuseLayer": published(Small())["BaseFuseLayer"]},
-    "choose its system with --system fsidfusion": {"SepcificFuseLayer": {"a": WEIGHT}},
-    "choose its system with --system tsdm": {"state_dict": {"conv_first_ir.weight": WEIGHT}},
     "holds a network twice": {**published(Small()), "CDDF_Encoder": published(Small())["DIDF_Encoder"]},
     "to resume a training from": {**published(Small()), "settings": {}, "random": {}, "ema": []},
     r"1 keys are missing \(weight\)": changed(weight=None),
     r"1 keys are missing \(bias\)": changed(bias=3),
     r"1 are foreign \(extra\)": changed(extra=WEIGHT),
+    r"1 are foreign \(module.weight\)": changed(**{"module.weight": WEIGHT}),
     r"of shape \(3, 2\) where \(2, 3\) is expected": changed(weight=WEIGHT.T),
     "of type torch.int32 where torch.float32": changed(weight=WEIGHT.int()),
     "weight is sparse or": changed(weight=WEIGHT.to_sparse()),
@@ -223,28 +215,25 @@ def test_every_bundled_file_is_recognised_by_every_other_system(tmp_path):
 def mutated(draw: random.Random, path: Path) -> None:
     """Writes a file of `Small` with one random change, of its content or of its bytes."""
     content = published(Small(), draw.choice(["", "module.", "_orig_mod."]))
-    name, extra = draw.choice(list(content)), draw.choice(["extra", "optimizer", "module.extra"])
+    name = draw.choice(list(content))
     state = content[name]
     key = draw.choice(list(state))
     value = state[key]
-    kind = draw.choice("cut flip zeros tail packed old key name lost add shape type layout plain whole wrap".split())
+    kind = draw.choice("key name value value lost extra beside whole wrap old packed cut flip flip tail".split())
     if kind == "key":
         state[draw.choice([key.upper(), key[1:], f"module.{key}", "k" * 5000, f"{key}\n"])] = state.pop(key)
     elif kind == "name":
         content[draw.choice([name.lower(), name[1:], "CDDF_Encoder", "Encoder", "base_fusion", ""])] = content.pop(name)
+    elif kind == "value":
+        tensors = [value[None], value.flatten()[:1], value.expand(2, *value.shape), value.to_sparse(), value.to("meta")]
+        tensors += [value.double(), value.half(), value.bfloat16(), value.long(), value.bool(), value.cfloat()]
+        state[key] = draw.choice([*tensors, nn.Parameter(value.float()), None, 0.5, "text", [value], nn.ReLU()])
     elif kind == "lost":
-        draw.choice([lambda: content.pop(name), lambda: state.pop(key)])()
-    elif kind == "add":
-        draw.choice([content, state])[extra] = draw.choice([value, {}, 1])
-    elif kind == "shape":
-        state[key] = draw.choice([value[None], value.flatten()[:1], value.expand(2, *value.shape), value.flatten()])
-    elif kind == "type":
-        types = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
-        state[key] = value.to(draw.choice(types))
-    elif kind == "layout":
-        state[key] = draw.choice([value.to_sparse(), value.to("meta"), nn.Parameter(value.float()), value.clone()])
-    elif kind == "plain":
-        state[key] = draw.choice([None, 0.5, "text", [value], {"a": value}, np.float64(1), nn.ReLU()])
+        del state[key]
+    elif kind == "extra":
+        state[draw.choice(["extra", "module.extra"])] = draw.choice([value, {}, 1])
+    elif kind == "beside":
+        content["extra"] = draw.choice([value, {}, 1, state, nn.ReLU(), np.float64(1)])
     elif kind == "whole":
         content = draw.choice([[content], (content,), value, "text", 3, {}, nn.Linear(1, 1), {3: content}, {(1, 2): 3}])
     elif kind == "wrap":
@@ -257,8 +246,6 @@ def mutated(draw: random.Random, path: Path) -> None:
     elif kind == "flip":
         for _ in range(draw.randint(1, 8)):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif kind == "zeros":
-        data[place : place + 64] = bytes(len(data[place : place + 64]))
     elif kind == "tail":
         data += draw.choice([bytes(data), bytes(place), b"PK\x05\x06"])
     path.write_bytes(data)
@@ -284,9 +271,7 @@ def test_mutated_files_load_right_or_are_refused_and_change_nothing(tmp_path):
             counts["loaded"] += 1
             for key, value in other.state_dict().items():  # in half precision where the file has it
                 torch.testing.assert_close(value, wanted[key], rtol=2**-8, atol=0)
-    took = f"{time.monotonic() - begin:.1f} s"
-    done = f"{counts['loaded']} loaded right, {counts['refused']} refused, {took}"
-    print(f"\n{sum(counts.values())} mutated checkpoints: {done}")
+    print(f"\n{dict(counts)} of {counts.total()} mutated checkpoints in {time.monotonic() - begin:.1f} s")
     assert min(counts.values()) > 50
 
 

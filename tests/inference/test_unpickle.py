@@ -103,7 +103,6 @@ def archive(path: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED) -
 DOUBLED = b"".join(b"q\x01h\x01h\x01\x86" for _ in range(60))  # a tuple of itself twice, sixty times
 BY_HAND = {
     "instance": b"\x80\x02(" + text("hostile-code-ran") + b"i" + b"os\nmkdir\n" + b".",
-    "object": b"\x80\x02(cos\nmkdir\n" + text("hostile-code-ran") + b"o.",
     "attribute": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}" + text("x") + b"cos\nmkdir\ns\x86b.",
     "nested_key": b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",  # hashing it would end the process
     "doubled_key": b"\x80\x02})" + DOUBLED + b"K\x01s.",  # hashing it would take centuries
@@ -113,8 +112,6 @@ BY_HAND = {
     "huge_view": tensor(size=10**6),
     "outside": tensor(offset=7),
     "escape": tensor("../data.pkl"),
-    "cut_off": b"\x80\x02}",
-    "extension": b"\x80\x02\x82\x01.",
 }
 
 

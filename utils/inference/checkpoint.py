@@ -31,21 +31,21 @@ _SIGNS = {  # a name that only files of one system hold -> how --system calls it
 }  # fmt: skip
 
 StateDict = dict[str, Tensor]
+Form = Mapping[str, str]  # what a file holds: name in it -> attribute of the model, as `published_networks`
 
 
 def load_checkpoint(path: Path | str, model: nn.Module) -> dict[str, Any]:
     """Loads a file of weights into a model, key for key; on any error the model is unchanged.
 
-    The networks are found under their published names, under those of the model's attributes (`encoder`), with
-    `CDDF_` or nothing in the place of `DIDF_`; one dict each or in one flat dict; at the top of the file or in an
-    entry such as `state_dict` or `model`; with or without `module.` and `_orig_mod.`; in any floating precision
-    (whole numbers, which batch norm counts its batches with, must be of the model's type). What lies beside them
-    is left out, and one line on stderr names it.
+    The networks are found under their published names or those of the model's attributes, with `CDDF_` or nothing in
+    the place of `DIDF_`; one dict each or all in one; at the top of the file or in an entry such as `state_dict` or
+    `model`; with or without `module.` and `_orig_mod.`; in any floating precision, while whole numbers (batch norm
+    counts its batches) must be of the model's type. What lies beside them is left out; one line on stderr names it.
 
     Args:
         path: the file.
         model: e.g. `net.CDDFuse()`. A network's attribute `computed` holds last parts of keys that some files hold
-            and the network computes; they are left out.
+            and nobody needs; they are left out.
 
     Returns:
         The file's `about` entry; empty for files of others.
@@ -57,18 +57,9 @@ def load_checkpoint(path: Path | str, model: nn.Module) -> dict[str, Any]:
     return load_one_of(path, model, [model.published_networks])[0]
 
 
-def load_one_of(
-    path: Path | str, model: nn.Module, forms: Sequence[Mapping[str, str]]
-) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """As `load_checkpoint`, for a file that may hold one or the other part of a model.
-
-    Args:
-        forms: what the file may hold, each like `published_networks`.
-
-    Returns:
-        The file's `about` entry, and the form that it has.
-    """
-    path = Path(path)
+def load_one_of(path: Path | str, model: nn.Module, forms: Sequence[Form]) -> tuple[dict[str, Any], Form]:
+    """As `load_checkpoint`, for a file that holds one of several parts of a model, each given like
+    `published_networks`; which one it is, is returned beside `about`."""
     content = read_file(path)
     found, form = max(((_find(path, content, model, form), form) for form in forms), key=lambda pair: pair[0].fits)
     if {"settings", "random", "ema"} <= content.keys():
@@ -80,7 +71,7 @@ def load_one_of(
     for name, attribute in form.items():
         getattr(model, attribute).load_state_dict(states[name])
     if any(not isinstance(value, (int, float, str, type(None))) for value in found.beside.values()):
-        print(f"note: {path} holds beside the weights, and was not asked for: {_names(found.beside)}", file=sys.stderr)
+        print(f"note: {path}: not asked for, and left out: {_names(found.beside)}", file=sys.stderr)
     about = content.get(ABOUT)
     return dict(about) if isinstance(about, dict) else {}, form
 
@@ -94,7 +85,6 @@ def load_fitting(path: Path | str, model: nn.Module) -> str:
     Raises:
         FileNotFoundError, InputError: as `read_file`; or nothing fits. The model is unchanged then.
     """
-    path = Path(path)
     form = model.published_networks
     states = _find(path, read_file(path), model, form).states
     wanted = {name: getattr(model, attribute).state_dict() for name, attribute in form.items()}
@@ -166,23 +156,19 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: empty, damaged, compressed, a large-file pointer, no dict, or content that only running code
-            could rebuild. The message is one line with a next step.
+        InputError: empty, damaged, compressed, a large-file pointer, no dict, or it asks for a call. The message is
+            one line with a next step.
     """
     path = Path(path)
     if not path.is_file():
+        what = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(
-            f"no file at {path}{' but a folder' if path.is_dir() else ''}. "
-            "Weights are made by `python train.py`; name theirs or another's file"
+            f"no file at {path} but {what}. Weights are made by `python train.py`; name theirs or another's file"
         )
     with open(path, "rb") as file:
         start = file.read(len(_POINTER_START))
-        if not start:
-            raise InputError(f"{path} is empty (0 bytes); copy or download it again")
         if start == _POINTER_START:
-            raise InputError(
-                f"{path} is a text pointer to a large file, not the file; run `git lfs pull` in its repository"
-            )
+            raise InputError(f"{path} is a text pointer to a large file; run `git lfs pull` in its repository")
         file.seek(0)
         try:
             content = load_data(file, path.stat().st_size, map_location)
@@ -192,15 +178,13 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
                 "torch.save where it was made"
             ) from error
         except Exception as error:  # a reader of damaged bytes may stumble over anything
-            reason = str(error).partition("\n")[0][:60] or type(error).__name__
+            reason = "it is empty" if not start else str(error).partition("\n")[0][:60] or type(error).__name__
             raise InputError(
                 f"{path} is not a PyTorch checkpoint, or damaged ({reason}); copy it again, or name another file"
             ) from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds a {type(content).__name__[:60]}, not a dict of networks; save its state_dict(), "
-            "or name another file"
-        )
+        kind = type(content).__name__[:60]
+        raise InputError(f"{path} holds a {kind}, not a dict of networks; save its state_dict(), or name another file")
     return content
 
 
@@ -212,7 +196,7 @@ class _Found(NamedTuple):
     fits: int
 
 
-def _find(path: Path, content: dict[str, Any], model: nn.Module, form: Mapping[str, str]) -> _Found:
+def _find(path: Path | str, content: dict[str, Any], model: nn.Module, form: Form) -> _Found:
     """Looks for networks at the top of a file and in its wrappers; where most keys are, the first of equals."""
     names = {_plain(known): name for name, attribute in form.items() for known in (name, attribute)}
     found = []
@@ -247,26 +231,26 @@ def _plain(name: str) -> str:
 
 def _tensors(state: dict[Any, Any]) -> StateDict:
     """The tensors of a state dict, without what a file may have set on them, under keys without additions."""
-    return {
-        ".".join(part for part in key.split(".") if part not in _ADDED): Tensor.detach(value)
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    tensors: StateDict = {}
+    for key, value in state.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            short = ".".join(part for part in key.split(".") if part not in _ADDED)
+            tensors[key if short in tensors else short] = Tensor.detach(value)  # a key that is there twice is foreign
+    return tensors
 
 
-def _another_network(path: Path, content: dict[str, Any], model: nn.Module, absent: Iterable[str]) -> InputError:
+def _another_network(path: Path | str, content: dict[str, Any], model: nn.Module, absent: Iterable[str]) -> InputError:
     """The error for a file that lacks networks, with the system that it seems to be of."""
-    places = [content, *(content.get(wrapper) for wrapper in _WRAPPERS)]
-    keys = [key for place in places if isinstance(place, dict) for key in place if isinstance(key, str)]
+    places = [place for place in map(content.get, _WRAPPERS) if isinstance(place, dict)]
+    parts = {part for place in (content, *places) for key in place if isinstance(key, str) for part in key.split(".")}
     own = {part for key in model.state_dict() for part in key.split(".")} | {*model.published_networks}
-    signs = (_SIGNS.get(part) for key in keys for part in key.split(".") if part not in own)
-    system = next((sign for sign in signs if sign), None)
+    system = next((_SIGNS[part] for part in _SIGNS if part in parts - own), None)
     advice = f"choose its system with --system {system}" if system else "name another file"
     held = _names(key for key in content if isinstance(key, str))
     return InputError(f"{path} is a file of another network: it holds {held}, not {_names(absent)}; {advice}")
 
 
-def _checked(path: Path, name: str, state: StateDict, network: nn.Module) -> StateDict:
+def _checked(path: Path | str, name: str, state: StateDict, network: nn.Module) -> StateDict:
     """The tensors of a file in the types of the network, key for key."""
     wanted = network.state_dict()
     state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in getattr(network, "computed", ())}
