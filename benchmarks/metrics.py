@@ -1,30 +1,27 @@
-"""Time of the eight metrics of the published table: utils/metrics.py against the literal transcription.
+"""Time of the eight metrics of the published table: utils/metrics.py against the reference implementation.
 
     python -m benchmarks.metrics --json metrics.json
 
 Both score the same made pair, so this says something about speed and never about quality. They take turns in
 one process on one thread, so that whatever else the machine does falls on both. Times are processor times,
-which leave out the moments when another program has the processor; wall times stand beside them. The
-transcription (`tests/reference_metrics.py`) gets float32 images, as the published evaluator reads them. The
-difference is given from a transcription in float64 as well, since sums in float32 are good to 1e-6 only.
+which leave out the moments when another program has the processor. The reference (`tests/reference_metrics.py`) gets
+float32 images, as the published evaluator reads them, and float64 for a second difference: sums in float32 are good to
+1e-6 only.
 """
 
 import argparse
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # comes with scikit-learn, which the transcription needs
+from threadpoolctl import threadpool_limits  # comes with scikit-learn, which the reference needs
 
 from tests import reference_metrics
 from utils import metrics
-from utils.common import InputError, run_script
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.common import InputError, git_commit, run_script
 
 
 def made_pair(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,117 +48,79 @@ def made_pair(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarra
 def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Median and quartiles of single calls in ms. A turn lasts a second or one call, whichever is longer."""
     cpu_ms: dict[str, list[float]] = {name: [] for name in calls}
-    wall_ms: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
             turn_ends = time.process_time() + 1.0
             while True:
-                wall, cpu = time.perf_counter(), time.process_time()
+                start = time.process_time()
                 call()
-                cpu_ms[name].append((time.process_time() - cpu) * 1e3)
-                wall_ms[name].append((time.perf_counter() - wall) * 1e3)
+                cpu_ms[name].append((time.process_time() - start) * 1e3)
                 if time.process_time() >= turn_ends:
                     break
-    summary = {}
-    for name in calls:
-        low, median, high = np.percentile(cpu_ms[name], [25, 50, 75])
-        summary[name] = {
-            "median_ms": float(median),
-            "q25_ms": float(low),
-            "q75_ms": float(high),
-            "min_ms": min(cpu_ms[name]),
-            "wall_median_ms": float(np.median(wall_ms[name])),
-            "calls": len(cpu_ms[name]),
-        }
-    return summary
+    keys = ("q25_ms", "median_ms", "q75_ms")
+    return {
+        name: dict(zip(keys, map(float, np.percentile(times, [25, 50, 75])), strict=True)) | {"calls": len(times)}
+        for name, times in cpu_ms.items()
+    }
 
 
 def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, str]:
-    """The largest relative difference and the metric that shows it."""
     return max((abs(ours[key] - theirs[key]) / abs(theirs[key]), key) for key in ours)
-
-
-def commit() -> str:
-    """Commit of the working tree, marked if files differ from it; "unknown" outside git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--height", type=int, default=576, help="rows of the made images (default 576)")
     parser.add_argument("--width", type=int, default=768, help="columns of the made images (default 768)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
-    parser.add_argument("--seed", type=int, default=0, help="of the made images (default 0)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_script(time_metrics, build_parser().parse_args(argv))
+    return run_script(time_metrics, parser.parse_args(argv))
 
 
 def time_metrics(args: argparse.Namespace) -> int:
-    least = metrics.SMALLEST_SCORED
-    if min(args.height, args.width) < least or args.rounds < 1:
-        raise InputError(
-            f"--height {args.height} and --width {args.width} must be at least {least}, --rounds at least 1"
-        )
-    images = made_pair(args.height, args.width, args.seed)
-    images_64 = tuple(image.astype(np.float64) for image in images)
+    if min(args.height, args.width) < metrics.SMALLEST_SCORED or args.rounds < 1:
+        raise InputError(f"--height and --width must be at least {metrics.SMALLEST_SCORED}, --rounds at least 1")
+    images = made_pair(args.height, args.width, seed=0)
     keys = metrics.PAPER_TABLE
 
     calls = {
         "ours": lambda: metrics.score(*images, metrics=keys),
-        "transcription": lambda: reference_metrics.eight(*images),
+        "reference": lambda: reference_metrics.eight(*images),
     }
     with threadpool_limits(limits=1):
         times = time_in_turns(calls, args.rounds)
-    ratio = times["transcription"]["median_ms"] / times["ours"]["median_ms"]
+    ratio = times["reference"]["median_ms"] / times["ours"]["median_ms"]
     ours = metrics.score(*images, metrics=keys)
     differences = {
-        "float64": largest_difference(ours, reference_metrics.eight(*images_64)),
+        "float64": largest_difference(ours, reference_metrics.eight(*(image.astype(np.float64) for image in images))),
         "float32": largest_difference(ours, reference_metrics.eight(*images)),
     }
 
     print(f"{' '.join(keys)}, {args.width}x{args.height}, one thread, {args.rounds} rounds in turns")
     for name, t in times.items():
-        spread = f"quartiles {t['q25_ms']:.1f} to {t['q75_ms']:.1f}, wall {t['wall_median_ms']:.1f}"
+        spread = f"quartiles {t['q25_ms']:.1f} to {t['q75_ms']:.1f}"
         print(f"  {name:14} {t['median_ms']:9.1f} ms median of {t['calls']}, {spread}")
     print(f"  ratio of the medians {ratio:.1f}")
     for name, (difference, key) in differences.items():
-        print(f"  largest relative difference from the transcription in {name}: {difference:.1e} ({key})")
+        print(f"  largest relative difference from the reference in {name}: {difference:.1e} ({key})")
     if args.json:
         report = {
-            "benchmark": "metrics",
-            "size": {"height": args.height, "width": args.width},
-            "rounds": args.rounds,
-            "seed": args.seed,
-            "metrics": list(keys),
-            "times": times,
-            "ratio": ratio,
-            "largest_relative_difference": {
-                name: {"value": difference, "metric": key} for name, (difference, key) in differences.items()
-            },
-            "machine": {"processor": processor(), "system": platform.platform(), "threads": 1},
-            "versions": {"python": platform.python_version(), "numpy": np.__version__},
-            "commit": commit(),
-        }
+            "benchmark": "metrics", "height": args.height, "width": args.width, "rounds": args.rounds,
+            "metrics": list(keys), "times": times, "ratio": ratio,
+            "largest_relative_difference": differences, "processor": processor(), "system": platform.platform(),
+            "python": platform.python_version(), "numpy": np.__version__, "commit": git_commit(),
+        }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
