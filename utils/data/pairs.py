@@ -128,7 +128,9 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str, by: str = "stem") 
     """
     vis, ir = images_in(Path(vis_folder)), images_in(Path(ir_folder))
     if by == "order" and len(vis) != len(ir):
-        raise InputError(f"--pair-by order: {vis_folder} has {len(vis)} images and {ir_folder} {len(ir)}; as many are needed")
+        raise InputError(
+            f"--pair-by order: {vis_folder} has {len(vis)} images and {ir_folder} {len(ir)}; as many are needed"
+        )
     found = _match(_keyed(vis, by), _keyed(ir, by))
     if not found.pairs:
         names = " and ".join(str(images[0]) if images else "no image" for images in (vis, ir))
