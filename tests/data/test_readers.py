@@ -262,7 +262,7 @@ def test_memory_that_was_allowed_counts_and_what_runs_out_costs_the_pair(tmp_pat
     with monkeypatch.context() as patch, pytest.raises(InputError, match="a.png does not fit into the memory"):
         patch.setattr(readers, "check_size", none_left)
         read_grey(tmp_path / "a.png")
-    monkeypatch.setattr(fuse, "read_source", none_left)
+    monkeypatch.setattr(fuse, "read_sources", none_left)
     base = ["--device", "cpu", "--vi", str(tmp_path / "S/vi"), "--ir", str(tmp_path / "S/ir")]
     assert fuse.main([*base, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("there is not enough memory; left out") == 3
