@@ -1,45 +1,41 @@
-"""CDDFuse in one file: the four published networks and the module that holds them. Needs torch alone.
+"""CDDFuse in one file: the four published networks and the module that holds them. Needs torch and einops alone.
 
 CDDFuse (Zhao et al., "CDDFuse: Correlation-Driven Dual-Branch Feature Decomposition for Multi-Modality Image
 Fusion", CVPR 2023) splits an image into low-frequency *base* features (shared between modalities) and
 high-frequency *detail* features (particular to each), fuses the two kinds apart, and decodes one image.
 
     model = CDDFuse()
-    fused = model.fuse(vis, ir)  # (B, 1, H, W) each, values in [0, 1]
+    fused = model(vis, ir)  # (B, 1, H, W) each, values in [0, 1]
 
 Class names, constructor arguments, call signatures and attribute names of the four networks are those of the
 published code, typos included: code elsewhere imports the names, and published checkpoints hold the attribute
 names as keys. What is inside was written for this project from the paper and the published tensor shapes.
 
-Shapes: B batch, C = 64 channels, H and W any size from 2 x 2 up, heads G = 8, d = C / G channels a head.
-Feature maps are (B, C, H, W) in channels-last memory, which makes every layer norm, 1x1 convolution and
-attention product below a plain matrix product over pixels, without a copy.
+Shapes: B batch, C = 64 channels, H and W any size from 2 x 2 up, G = 8 heads of C / G channels. Feature maps are
+(B, C, H, W) in channels-last memory: every layer norm, 1x1 convolution and attention product then is a matrix
+product over pixels, without a copy.
+
+Tiles: the only quantities that span an image are sums over pixels, in channel attention. So a block with attention
+offers, beside `forward`, what it takes to get the same result tile by tile: `sums` of a tile, the `context` that
+the sums of all tiles give, and `local`, the rest. A module without them works on a tile as on an image. `halo` says
+how many pixels beside a tile are needed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
-
-__all__ = [
-    "BaseFeatureExtraction",
-    "CDDFuse",
-    "DetailFeatureExtraction",
-    "Features",
-    "Restormer_Decoder",
-    "Restormer_Encoder",
-    "strips",
-]
 
 SMALLEST_SIDE = 2  # the detail branch pads by reflection, which needs a neighbour to reflect
 SKIPS = ("vis", "sum", "none")
+
+Inside = tuple[EllipsisType, slice, slice]  # the pixels of a tile without its halo, as an index
 
 
 class Features(NamedTuple):
@@ -51,281 +47,117 @@ class Features(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Strips: the same result from pieces, for images that fit neither a processor's cache nor memory
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Workspace:
-    """Where feature maps live between two sweeps over an image. This one keeps them in memory.
-
-    A sub-class may put them elsewhere: `fetch` then brings a piece of a map to where it is worked on.
-    """
-
-    def new_map(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An empty map (B, C, H, W) in channels-last memory, of the dtype of `like`."""
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-    def spare_map(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
-        """The same for a map that saves time only; None where there is no room for it."""
-        return self.new_map(shape, like)
-
-    def fetch(self, piece: Tensor) -> Tensor:
-        return piece
-
-    def row_done(self) -> None:
-        """Called whenever a row of pieces has been worked on."""
-
-
-class _Setting(NamedTuple):
-    pixels: int
-    workspace: Workspace
-
-
-_WHOLE_IMAGES = _Setting(0, Workspace())
-_setting: ContextVar[_Setting] = ContextVar("strips", default=_WHOLE_IMAGES)
-
-
-def _current() -> _Setting:
-    # torch.compile cannot trace a ContextVar; what is compiled or exported is never worked on in pieces.
-    return _WHOLE_IMAGES if torch.compiler.is_compiling() else _setting.get()
-
-
-def fetched(whole: Tensor) -> Tensor:
-    """A small map, or numbers made of a large one, where they are worked on; see `Workspace`."""
-    return _current().workspace.fetch(whole)
-
-
-@contextlib.contextmanager
-def strips(pixels: int, workspace: Workspace | None = None) -> Iterator[None]:
-    """Within this context images are worked on in pieces of about so many pixels.
-
-    A piece is a strip of whole rows, or a tile where rows are long. The result is that of the whole image up to
-    rounding: convolutions see the pixels beside their piece, and attention gathers its sums over all pieces before
-    it is applied. Maps are written over where nobody needs them any more. So it takes less memory, and on a CPU less
-    time, where a piece stays in the cache and a whole image does not. 0 means no pieces. Without gradients.
-    """
-    token = _setting.set(_Setting(pixels, workspace or Workspace()))
-    try:
-        yield
-    finally:
-        _setting.reset(token)
-
-
-def row_ranges(x: Tensor, fewest: int = 1) -> list[tuple[int, int]]:
-    """The strips of whole rows, as (top, bottom), in which a system may work on `x`, (B, C, H, W).
-
-    Each has at least `fewest` rows, but for the last one.
-    """
-    batch, _, height, width = x.shape
-    pixels = _current().pixels
-    if not pixels:
-        return [(0, height)]  # without arithmetic: torch.export calls this with a height that is not a number
-    rows = max(fewest, pixels // (batch * width))
-    return [(top, min(top + rows, height)) for top in range(0, height, rows)]
-
-
-def _grid(x: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Ranges of rows and of columns that cut `x` into pieces: as square as it takes to have little halo."""
-    batch, _, height, width = x.shape
-    pixels = _current().pixels
-    if not pixels or batch * height * width <= pixels:
-        return [(0, height)], [(0, width)]
-    pixels = max(1, pixels // batch)
-    rows = max(1, math.isqrt(pixels), pixels // width)
-    return _cut(height, rows), _cut(width, max(1, pixels // rows))
-
-
-def _cut(length: int, most: int) -> list[tuple[int, int]]:
-    parts = -(-length // most)
-    edges = [length * i // parts for i in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
-
-
-# What can be done piece by piece: a function, its maps, and how far beside a pixel of a map it looks.
-Part = tuple[Callable[..., Tensor], tuple[Tensor, ...], int]
-
-
-def _in_pieces(
-    function: Callable[..., Any], maps: Sequence[Tensor], halo: int, into: Tensor | None = None
-) -> Iterator[tuple[tuple[slice, slice], Any]]:
-    """function(*maps), a map or a tuple of maps, in pieces, each with its rows and columns.
-
-    A piece may be written to its place in `into` as soon as it is there, even where `into` is one of the maps.
-    """
-    workspace = _current().workspace
-    row_cuts, column_cuts = _grid(maps[0])
-    if len(row_cuts) == len(column_cuts) == 1:
-        yield (slice(None), slice(None)), function(*(workspace.fetch(x) for x in maps))
-        return
-    above: list[Tensor | None] = [None] * len(maps)  # rows of a map as they were before they were written over
-    for top, bottom in row_cuts:
-        first = max(top - halo, 0)
-        bands = []
-        for i, x in enumerate(maps):
-            band = x[:, :, first : bottom + halo]
-            if halo and into is not None and x.untyped_storage().data_ptr() == into.untyped_storage().data_ptr():
-                band = band.clone(memory_format=torch.channels_last)
-                if above[i] is not None:
-                    band[:, :, : top - first] = above[i]
-                above[i] = band[:, :, max(bottom - halo, 0) - first : bottom - first].clone()
-            bands.append(band)
-        for left, right in column_cuts:
-            start = max(left - halo, 0)
-            piece = function(*(workspace.fetch(band[..., start : right + halo]) for band in bands))
-            # Pixels near an inner edge have seen padding in place of their neighbours; they belong to another piece.
-            inner = (..., slice(top - first, bottom - first), slice(left - start, right - start))
-            piece = tuple(x[inner] for x in piece) if isinstance(piece, tuple) else piece[inner]
-            yield (slice(top, bottom), slice(left, right)), piece
-        del bands, band
-        workspace.row_done()
-
-
-def side_by_side(merge: Callable[..., Tensor], *parts: Part, into: Tensor | None = None) -> Tensor:
-    """merge(function(*maps), ...) of the parts, in pieces where `strips` asks for them.
-
-    Args:
-        merge: one result of each part -> (B, C', H, W), pixel by pixel.
-        parts: (function, maps, halo) each, all maps of one batch, height and width; see `strip_by_strip`.
-        into: where the result may be written, one of the maps for instance; take the result from the return value.
-    """
-    height, width = parts[0][1][0].shape[2:]
-    out = into
-    for found in zip(*(_in_pieces(*part, into) for part in parts), strict=True):
-        piece = merge(*(x for _, x in found))
-        if piece.shape[2:] == (height, width):
-            return piece
-        if out is None:
-            out = _current().workspace.new_map((*piece.shape[:2], height, width), piece)
-        rows, columns = found[0][0]
-        out[:, :, rows, columns] = piece
-    return out
-
-
-def strip_by_strip(function: Callable[..., Tensor], *maps: Tensor, halo: int, into: Tensor | None = None) -> Tensor:
-    """function(*maps), in pieces where `strips` asks for them.
-
-    Args:
-        function: maps -> (B, C', H, W), where a pixel depends on pixels at most `halo` rows and columns beside it.
-        maps: (B, C, H, W) each.
-        halo: as above.
-        into: as for `side_by_side`.
-    """
-    return side_by_side(lambda x: x, (function, maps, halo), into=into)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Channel attention: heads attend over channels, and the sums run over all pixels of the image
+# Channel attention: channels attend to channels of their head, compared over all pixels of the image
 # ---------------------------------------------------------------------------------------------------------
 
 
 def attention_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The only quantities of channel attention that span the image: plain sums over pixels.
-
-    Being sums, they may be gathered tile by tile; `attention_map` then gives the map of the whole image.
+    """What channel attention has to know of the whole image: sums over pixels, which may be added up over tiles.
 
     Args:
-        q, k: queries and keys of every pixel, (B, H*W, C) each.
+        q, k: queries and keys, (B, C, H, W) each.
 
     Returns:
-        q^T k, (B, C, C), and the squared norms of q and of k over pixels, (B, 2C); at least float32.
+        Products q k^T, (B, C, C), and the squared norms of q and of k, (B, 2C); at least float32.
     """
-    # All C x C products in one matrix product, though only the diagonal blocks (one a head) are used: one
-    # well-shaped product is faster than G thin ones.
+    q, k = (rearrange(x, "b c h w -> b (h w) c") for x in (q, k))
+    # All C x C products at once, though only those within a head are used: one well-shaped matrix product is faster
+    # than G thin ones.
     products = _at_least_float32(q.transpose(1, 2) @ k)
-    # The squares of half-precision numbers are added up in float32; vector_norm takes several times as long.
+    # Squares of half-precision numbers are added up in float32; vector_norm takes several times as long.
     exact = torch.promote_types(q.dtype, torch.float32)
     return products, torch.cat([x.square().sum(dim=1, dtype=exact) for x in (q, k)], dim=1)
 
 
-def attention_map(products: Tensor, squares: Tensor, temperature: Tensor) -> Tensor:
-    """Softmax attention between the channels of each head, from the sums of `attention_sums`.
+def attention_matrix(products: Tensor, squares: Tensor, temperature: Tensor) -> Tensor:
+    """Softmax attention between the channels of each head, all heads in one matrix.
 
     Args:
-        products: q^T k, (B, C, C).
-        squares: squared norms of q and k, (B, 2C).
-        temperature: learned scale a head, (G, 1, 1).
+        products, squares: of the whole image, from `attention_sums`.
+        temperature: learned scale of each head, (G, 1, 1).
 
     Returns:
-        (B, G, d, d), rows sum to one. Queries and keys are normalised over pixels, so entries before the
-        softmax are cosines times the temperature.
+        (B, C, C), zero between heads, rows sum to one. Queries and keys are normalised over pixels, so what enters
+        the softmax are cosines times the temperature.
     """
-    heads = temperature.shape[0]
-    # A root has an infinite slope at 0, where the published form, F.normalize, has none. Black images lead there.
+    # A root has an infinite slope at 0, where F.normalize, the published form, has none. Black images lead there.
     norms = torch.where(squares > 0, squares, 1e-24).sqrt().clamp_min(1e-12)
-    q_norm, k_norm = norms.unflatten(1, (2, heads, -1)).unbind(1)  # (B, G, d)
-    blocks = products.unflatten(1, (heads, -1)).unflatten(3, (heads, -1))  # (B, G, d, G, d)
-    blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (B, G, d, d): a head with itself
-    cosines = blocks / (q_norm[..., :, None] * k_norm[..., None, :])
-    return torch.softmax(cosines * temperature, dim=-1)
+    q_norm, k_norm = norms.chunk(2, dim=1)
+    cosines = products / (q_norm[:, :, None] * k_norm[:, None, :])
+    channels, heads = cosines.shape[1], temperature.shape[0]
+    head = torch.arange(channels, device=cosines.device) // (channels // heads)
+    scaled = cosines * temperature.flatten()[head, None]
+    return scaled.masked_fill(head[:, None] != head, -torch.inf).softmax(dim=-1)
 
 
-class Attended(NamedTuple):
-    """Channel attention whose sums have been gathered, so that what is left of it is a function of each pixel.
-
-    matrix: attention and output projection in one, (B, C in, C out).
-    values: (B, C, H, W), or None where they are made again of the pixels around, by `make_values`.
-    """
-
-    matrix: Tensor
-    values: Tensor | None
-    make_values: Callable[[Tensor], Tensor]
-
-    def __call__(self, x: Tensor, values: Tensor | None = None) -> Tensor:
-        """The attention's output at a piece of the image: (B, C, h, w), and values if they were kept -> same."""
-        v = self.make_values(x) if values is None else values
-        return (_pixels(v) @ self.matrix.to(v.dtype)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
+def mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix @ x at each pixel: (B, C, C) and (B, C, H, W) -> (B, C, H, W)."""
+    mixed = rearrange(x, "b c h w -> b (h w) c") @ matrix.transpose(1, 2).to(x.dtype)
+    return mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
-def attend(
-    make_qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-    make_values: Callable[[Tensor], Tensor],
-    x: Tensor,
-    temperature: Tensor,
-    projection: Tensor,
-) -> Attended:
-    """Gathers the sums of channel attention over an image.
+class ChannelAttention(nn.Module):
+    """Channel attention and a 1x1 convolution. (B, C, H, W) -> same. Sub-classes make queries, keys and values."""
 
-    Args:
-        make_qkv: x -> queries, keys and values, (B, C, H, W) each; a pixel of them may depend on the pixels next to
-            it. Three maps and not slices of one: those would be copied for the products, and put together again in
-            the backward pass.
-        make_values: x -> the last of the same.
-        x: (B, C, H, W).
-        temperature: (G, 1, 1).
-        projection: weight of the bias-free 1x1 output convolution, (C, C, 1, 1).
-    """
-    values: Tensor | None = None
-    sums: list[Tensor] = []
-    for (rows, columns), (q, k, v) in _in_pieces(make_qkv, (x,), halo=1):
-        part = attention_sums(_pixels(q), _pixels(k))
-        if v.shape[2:] == x.shape[2:]:
-            sums, values = list(part), v
-            break
-        if not sums:
-            sums = [torch.zeros_like(s, dtype=torch.float64) for s in part]  # thousands of pieces may follow
-            values = _current().workspace.spare_map((*v.shape[:2], *x.shape[2:]), v)
-        for total, s in zip(sums, part, strict=True):
-            total += s
-        if values is not None:
-            values[:, :, rows, columns] = v
-    attention = attention_map(*sums, temperature)  # (B, G, d, d)
-    # project(attention @ v) = (project . attention) @ v: the two maps become one C x C matrix an image.
-    by_head = projection.flatten(1).unflatten(1, attention.shape[1:3]).to(attention.dtype)  # (C, G, d)
-    matrix = torch.einsum("ogi,bgij->bgjo", by_head, attention).flatten(1, 2)  # (B, C in, C out)
-    return Attended(matrix, values, make_values)
+    temperature: Tensor
+    project_out: nn.Module
+
+    def qkv_maps(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
+        """Queries, keys and values, (B, 3C, H, W), or some of their channels."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv_maps(x).chunk(3, dim=1)
+        return self.project_out(mix_channels(self.context(*attention_sums(q, k)), v))
+
+    def sums(self, x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
+        q, k = self.qkv_maps(x, slice(0, 2 * x.shape[1]))[inside].chunk(2, dim=1)
+        return attention_sums(q, k)
+
+    def context(self, *sums: Tensor) -> Tensor:
+        return attention_matrix(*sums, self.temperature)
+
+    def local(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.project_out(mix_channels(matrix, self.qkv_maps(x, slice(2 * x.shape[1], None))))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+class RestormerAttention(ChannelAttention):
+    """Restormer's (MDTA): queries, keys and values from a 1x1 and a depthwise 3x3 convolution."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = conv1x1(dim, 3 * dim)
+        self.qkv_dwconv = conv3x3(3 * dim, 3 * dim, groups=3 * dim)
+        self.project_out = conv1x1(dim, dim)
+
+    def qkv_maps(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
+        if channels == slice(None) or not is_plain(self.qkv, self.qkv_dwconv):
+            return self.qkv_dwconv(self.qkv(x))[:, channels]
+        up, depthwise = self.qkv.weight[channels], self.qkv_dwconv.weight[channels]
+        return F.conv2d(F.conv2d(x, up), depthwise, padding=1, groups=len(up))
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C), a view in channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+class BaseAttention(ChannelAttention):
+    """The base block's: queries, keys and values from a 1x1 and a full 3x3 convolution."""
 
+    temperature = property(lambda self: self.scale)  # other names in published files
+    project_out = property(lambda self: self.proj)
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv1 = conv1x1(dim, 3 * dim)
+        self.qkv2 = conv3x3(3 * dim, 3 * dim)
+        self.proj = conv1x1(dim, dim)
+
+    def qkv_maps(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
+        if not is_plain(self.qkv1, self.qkv2):
+            return self.qkv2(self.qkv1(x))[:, channels]
+        # Nothing stands between the two convolutions, so they are one 3x3 convolution from C to 3C: a third
+        # of the work, the same function and, through this product, the same gradient.
+        weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight[channels], self.qkv1.weight.flatten(1))
+        return F.conv2d(x, _channels_last(weight), padding=1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,29 +173,17 @@ def conv3x3(in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, groups=groups, bias=False)
 
 
-def _up_and_group(x: Tensor, up: Tensor, grouped: Tensor) -> Tensor:
-    """1x1 convolution, then a 3x3 one in groups: (B, I, H, W) -> (B, O, H, W).
-
-    Args:
-        x: as above.
-        up: (O, I, 1, 1).
-        grouped: (O, n, 3, 3) for groups of n channels.
-    """
-    size = grouped.shape[1]
-    if size == 1:
-        return F.conv2d(F.conv2d(x, up), grouped, padding=1, groups=len(grouped))
-    # Libraries are slow on small groups, above all backwards, and fast on single channels: so n depthwise convolutions,
-    # of the map with the channels of each group moved on by 0 to n - 1 places. To move them is up to the 1x1 weights.
-    up, grouped = up.unflatten(0, (-1, size)), grouped.unflatten(0, (-1, size))
-    terms = []
-    for shift in range(size):
-        own = grouped.roll(-shift, 2).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
-        terms.append(_up_and_group(x, up.roll(-shift, 1).flatten(0, 1), own))
-    return sum(terms[1:], start=terms[0])
+def is_plain(*convs: nn.Module) -> bool:
+    """Whether convolutions do what their weights say and no more: without bias, hooks, or a module in their place."""
+    for conv in convs:
+        hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+        if type(conv) is not nn.Conv2d or conv.bias is not None or any(hooks):  # a parametrised one has another type
+            return False
+    return True
 
 
 class PixelNorm(nn.Module):
-    """Layer norm over the channels of each pixel: (B, C, H, W) -> (B, C, H, W)."""
+    """Layer norm over the channels of each pixel: (B, C, H, W) -> same."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -373,116 +193,77 @@ class PixelNorm(nn.Module):
         return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class DepthwiseAttention(nn.Module):
-    """Restormer's attention (MDTA): 1x1, depthwise 3x3, channel attention, 1x1. (B, C, H, W) -> same."""
+class PairConv2d(nn.Conv2d):
+    """3x3 convolution in groups of two channels: (B, C, H, W) -> same."""
 
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = conv1x1(dim, 3 * dim)
-        self.qkv_dwconv = conv3x3(3 * dim, 3 * dim, groups=3 * dim)
-        self.project_out = conv1x1(dim, dim)
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels // 2, bias=False)
 
-    def forward(self, norm: PixelNorm, x: Tensor) -> Attended:
-        weights = list(zip(self.qkv.weight.chunk(3), self.qkv_dwconv.weight.chunk(3), strict=True))
-
-        def make_qkv(x: Tensor) -> tuple[Tensor, ...]:
-            x = norm(x)
-            return tuple(_up_and_group(x, *each) for each in weights)
-
-        def make_values(x: Tensor) -> Tensor:
-            return _up_and_group(norm(x), *weights[2])
-
-        return attend(make_qkv, make_values, x, self.temperature, self.project_out.weight)
-
-
-class FullAttention(nn.Module):
-    """The base block's attention: 1x1, full 3x3, channel attention, 1x1. (B, C, H, W) -> same."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv1 = conv1x1(dim, 3 * dim)
-        self.qkv2 = conv3x3(3 * dim, 3 * dim)
-        self.proj = conv1x1(dim, dim)
-
-    def forward(self, norm: PixelNorm, x: Tensor) -> Attended:
-        # Nothing stands between the two convolutions, so they are one 3x3 convolution from C to 3C: a third
-        # of the work, the same function and, through this product, the same gradient.
-        weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight, self.qkv1.weight.flatten(1))
-        weights = _channels_last(weight).chunk(3)
-
-        def make_qkv(x: Tensor) -> tuple[Tensor, ...]:
-            x = norm(x)
-            return tuple(F.conv2d(x, each, padding=1) for each in weights)
-
-        def make_values(x: Tensor) -> Tensor:
-            return F.conv2d(norm(x), weights[2], padding=1)
-
-        return attend(make_qkv, make_values, x, self.scale, self.proj.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        # A CPU's backward pass of small groups is slow, in bfloat16 25 times slower than that of single channels. So
+        # each channel is convolved by itself and added to the other one of its pair, convolved by itself.
+        to_same, to_other = rearrange(self.weight, "(g o) i y x -> i g o y x", o=2)  # by input channel of the pair
+        own = torch.stack([to_same[:, 0], to_other[:, 1]], dim=1).flatten(0, 1)[:, None]
+        cross = torch.stack([to_other[:, 0], to_same[:, 1]], dim=1).flatten(0, 1)[:, None]
+        other = x.permute(0, 2, 3, 1).unflatten(3, (-1, 2)).flip(4).flatten(3).permute(0, 3, 1, 2)
+        own, cross = (F.conv2d(a, w, padding=1, groups=len(w)) for a, w in ((x, own), (other, cross)))
+        return own + cross
 
 
 class GatedFeedForward(nn.Module):
-    """1x1 up, grouped 3x3, GELU(first half) * second half, 1x1 down. (B, C, H, W) -> same."""
+    """1x1 up, grouped 3x3, GELU(first half) * second half, 1x1 down (GDFN). (B, C, H, W) -> same."""
 
-    def __init__(self, dim: int, hidden: int, groups: int) -> None:
+    def __init__(self, dim: int, hidden: int, dwconv: nn.Module) -> None:
         super().__init__()
         self.project_in = conv1x1(dim, 2 * hidden)
-        self.dwconv = conv3x3(2 * hidden, 2 * hidden, groups=groups)
+        self.dwconv = dwconv
         self.project_out = conv1x1(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two maps and not the halves of one, for the reason that `attend` gives.
-        weights = zip(self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2), strict=True)
-        gate, value = (_up_and_group(x, *each) for each in weights)
+        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
         return self.project_out(F.gelu(gate) * value)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and gated feed-forward, each normalised and residual. (B, C, H, W) -> same."""
+    """Channel attention and gated feed-forward, each normalised and residual. (B, C, H, W) -> same."""
 
-    norm1: PixelNorm
-    attn: nn.Module
-    norm2: PixelNorm
+    halo = 2  # two 3x3 convolutions, one after the other
+    ffn: nn.Module
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The feed-forward, which sub-classes hold under its published name."""
-        raise NotImplementedError
+    def __init__(self, dim: int, attn: ChannelAttention) -> None:
+        super().__init__()
+        self.norm1 = PixelNorm(dim)
+        self.attn = attn
+        self.norm2 = PixelNorm(dim)
 
-    def prepare(self, x: Tensor) -> Part:
-        """Gathers what spans the image: (B, C, H, W) -> the rest, which can be done piece by piece."""
-        attention: Attended = self.attn(self.norm1, x)
+    def forward(self, x: Tensor) -> Tensor:
+        x = _channels_last(x)
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
 
-        def rest(x: Tensor, *values: Tensor) -> Tensor:
-            x = x + attention(x, *values)
-            return x + self.feed_forward(self.norm2(x))
+    def sums(self, x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
+        """What has to be added up over tiles, of the pixels `inside` a tile (B, C, h, w)."""
+        return self.attn.sums(self.norm1(x), inside)
 
-        return (rest, (x,), 2) if attention.values is None else (rest, (x, attention.values), 1)
+    def context(self, *sums: Tensor) -> Tensor:
+        """The sums of a whole image -> its attention, (B, C, C)."""
+        return self.attn.context(*sums)
 
-    def forward(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        return side_by_side(lambda x: x, self.prepare(_channels_last(x)), into=into)
+    def local(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The rest, a function of a tile and its halo: (B, C, h, w) and the context -> (B, C, h, w)."""
+        x = x + self.attn.local(self.norm1(x), matrix)
+        return x + self.ffn(self.norm2(x))
 
 
 class RestormerBlock(TransformerBlock):
-    """Restormer's block: depthwise attention, and a feed-forward (GDFN) with a depthwise convolution."""
+    """Restormer's block: both halves convolve each channel by itself."""
 
     def __init__(self, dim: int, heads: int, expansion: float) -> None:
-        super().__init__()
+        super().__init__(dim, RestormerAttention(dim, heads))
         hidden = int(dim * expansion)
-        self.norm1 = PixelNorm(dim)
-        self.attn = DepthwiseAttention(dim, heads)
-        self.norm2 = PixelNorm(dim)
-        self.ffn = GatedFeedForward(dim, hidden, groups=2 * hidden)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.ffn(x)
-
-
-def in_turn(blocks: Iterable[TransformerBlock], x: Tensor, into: Tensor | None = None) -> Tensor:
-    """Blocks one after the other, each written over the one before: (B, C, H, W) -> same."""
-    for block in blocks:
-        x = into = block(x, into)
-    return x
+        self.ffn = GatedFeedForward(dim, hidden, conv3x3(2 * hidden, 2 * hidden, groups=2 * hidden))
 
 
 class BaseFeatureExtraction(TransformerBlock):
@@ -492,27 +273,13 @@ class BaseFeatureExtraction(TransformerBlock):
     attention of Lite Transformer. Its feed-forward convolves in groups of two channels, not one.
     """
 
+    ffn = property(lambda self: self.mlp)  # another name in published files
+
     def __init__(self, dim: int, num_heads: int, ffn_expansion_factor: float = 1.0, qkv_bias: bool = False) -> None:
-        super().__init__()
+        super().__init__(dim, BaseAttention(dim, num_heads))
         _check_published(qkv_bias=(qkv_bias, False))
         hidden = int(dim * ffn_expansion_factor)
-        self.norm1 = PixelNorm(dim)
-        self.attn = FullAttention(dim, num_heads)
-        self.norm2 = PixelNorm(dim)
-        self.mlp = GatedFeedForward(dim, hidden, groups=hidden)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
-
-
-class ReflectionPad(nn.ReflectionPad2d):
-    """Reflection padding in the dtype of its input. Autocast makes it float32 on a CPU, to no use, and copies twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
+        self.mlp = GatedFeedForward(dim, hidden, PairConv2d(2 * hidden))
 
 
 class Bottleneck(nn.Module):
@@ -534,6 +301,14 @@ class Bottleneck(nn.Module):
         return self.bottleneckBlock(x)
 
 
+class ReflectionPad(nn.ReflectionPad2d):
+    """Reflection padding in the dtype of its input. Autocast makes it float32 on a CPU, to no use, and copies twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class Coupling(nn.Module):
     """Affine coupling: two feature maps change each other, by a sum and then by a gain and a sum."""
 
@@ -547,12 +322,10 @@ class Coupling(nn.Module):
 
     def couple(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, C, H, W) twice -> both changed, stacked along channels, (B, 2C, H, W)."""
-        first, second = _channels_last(first), _channels_last(second)  # once here, not in each bottleneck
         second = second + self.theta_phi(first)
         # The exponent is not bounded by anything, so it is taken in at least float32.
         gain = _at_least_float32(self.theta_rho(second)).exp().to(second.dtype)
-        first = first * gain + self.theta_eta(second)
-        return torch.cat([first, second], dim=1)
+        return torch.cat([first * gain + self.theta_eta(second), second], dim=1)
 
 
 class DetailNode(Coupling):
@@ -572,44 +345,27 @@ class DetailFeatureExtraction(nn.Module):
     def __init__(self, num_layers: int = 3, dim: int = 64) -> None:
         super().__init__()
         self.net = nn.Sequential(*(DetailNode(dim) for _ in range(num_layers)))
-
-    def prepare(self, x: Tensor) -> Part:
-        """All nodes at once, as `side_by_side` takes them."""
-        return self.net, (x,), DetailNode.halo * len(self.net)
+        self.halo = DetailNode.halo * num_layers
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_size(x)
-        x = _channels_last(x)
-        into = None
-        for node in self.net:
-            x = into = strip_by_strip(node, x, halo=node.halo, into=into)
-        return x
+        return self.net(_channels_last(x))
 
 
 class PatchEmbedding(nn.Module):
     """3x3 convolution from the image to C channels: (B, I, H, W) -> (B, C, H, W)."""
+
+    halo = 1
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = conv3x3(in_channels, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        return _channels_last(self.proj(x))
 
 
-class ShallowEncoder(nn.Module):
-    """What an encoder starts with: patch embedding and Restormer blocks, under their published names."""
-
-    def __init__(self, in_channels: int, dim: int, blocks: int, heads: int, expansion: float) -> None:
-        super().__init__()
-        self.patch_embed = PatchEmbedding(in_channels, dim)
-        self.encoder_level1 = nn.Sequential(*(RestormerBlock(dim, heads, expansion) for _ in range(blocks)))
-
-    def shallow(self, image: Tensor) -> Tensor:
-        """(B, I, H, W) -> (B, C, H, W)."""
-        _check_size(image)
-        x = strip_by_strip(lambda image: _channels_last(self.patch_embed(image)), image, halo=1)
-        return in_turn(self.encoder_level1, x, into=x)
+def restormer_blocks(count: int, dim: int, heads: int, expansion: float) -> nn.Sequential:
+    return nn.Sequential(*(RestormerBlock(dim, heads, expansion) for _ in range(count)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -617,11 +373,14 @@ class ShallowEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 
 
-class Restormer_Encoder(ShallowEncoder):
+class Restormer_Encoder(nn.Module):
     """Image -> (base, detail, shallow): (B, 1, H, W) in [0, 1] -> three times (B, 64, H, W).
 
     The arguments are the published ones; `out_channels`, `num_blocks[1]` and `heads[1]` have no effect there
     or here, and `heads[2]` is the base branch's.
+
+    Raises:
+        ValueError: not (B, C, H, W), or a side is shorter than 2.
     """
 
     def __init__(
@@ -635,30 +394,20 @@ class Restormer_Encoder(ShallowEncoder):
         bias: bool = False,
         LayerNorm_type: str = "WithBias",
     ) -> None:
-        super().__init__(inp_channels, dim, num_blocks[0], heads[0], ffn_expansion_factor)
+        super().__init__()
         _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
+        self.patch_embed = PatchEmbedding(inp_channels, dim)
+        self.encoder_level1 = restormer_blocks(num_blocks[0], dim, heads[0], ffn_expansion_factor)
         self.baseFeature = BaseFeatureExtraction(dim, heads[2])
         self.detailFeature = DetailFeatureExtraction(dim=dim)
 
     def forward(self, inp_img: Tensor) -> Features:
-        shallow = self.shallow(inp_img)
+        if inp_img.ndim != 4 or min(inp_img.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(
+                f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(inp_img.shape)}"
+            )
+        shallow = self.encoder_level1(self.patch_embed(inp_img))
         return Features(self.baseFeature(shallow), self.detailFeature(shallow), shallow)
-
-    def branch_sums(self, shallow: Tensor) -> tuple[Tensor, Tensor]:
-        """Base and detail features, each summed over the modalities, in the place of the shallow ones.
-
-        Args:
-            shallow: of vis and ir, stacked along the batch, (2B, 64, H, W); written over in strips.
-
-        Returns:
-            (B, 64, H, W) twice.
-        """
-
-        def sums(base: Tensor, detail: Tensor) -> Tensor:
-            return torch.cat([_sum_of_both(base), _sum_of_both(detail)])
-
-        parts = self.baseFeature.prepare(shallow), self.detailFeature.prepare(shallow)
-        return side_by_side(sums, *parts, into=shallow).unflatten(0, (2, -1)).unbind(0)
 
 
 class Restormer_Decoder(nn.Module):
@@ -682,23 +431,22 @@ class Restormer_Decoder(nn.Module):
         super().__init__()
         _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
         self.reduce_channel = conv1x1(2 * dim, dim)
-        blocks = (RestormerBlock(dim, heads[1], ffn_expansion_factor) for _ in range(num_blocks[1]))
-        self.encoder_level2 = nn.Sequential(*blocks)
+        self.encoder_level2 = restormer_blocks(num_blocks[1], dim, heads[1], ffn_expansion_factor)
         self.output = nn.Sequential(conv3x3(dim, dim // 2), nn.LeakyReLU(0.01), conv3x3(dim // 2, out_channels))
+        self.output.halo = 2
 
     def forward(self, inp_img: Tensor | None, base_feature: Tensor, detail_feature: Tensor) -> tuple[Tensor, Tensor]:
-        base_feature, detail_feature = _channels_last(base_feature), _channels_last(detail_feature)
-        reduced = strip_by_strip(self.reduce, base_feature, detail_feature, halo=0)
-        return self.decode(inp_img, reduced), reduced
+        reduced = self.reduce(base_feature, detail_feature)
+        return self.add_image(inp_img, self.output(self.encoder_level2(reduced))), reduced
 
     def reduce(self, base: Tensor, detail: Tensor) -> Tensor:
         """Both features -> one: (B, 64, H, W) twice -> the same shape."""
         return self.reduce_channel(torch.cat([base, detail], dim=1))
 
-    def decode(self, image: Tensor | None, reduced: Tensor, into: Tensor | None = None) -> Tensor:
-        """Reduced feature (B, 64, H, W) -> fused (B, 1, H, W); in strips `into`, maybe `reduced`, is written over."""
-        residual = strip_by_strip(self.output, in_turn(self.encoder_level2, reduced, into), halo=2)
-        residual = _at_least_float32(fetched(residual))
+    @staticmethod
+    def add_image(image: Tensor | None, residual: Tensor) -> Tensor:
+        """What `output` makes, and the decoder's image -> fused, (B, 1, H, W)."""
+        residual = _at_least_float32(residual)
         return torch.sigmoid(residual if image is None else residual + image)
 
 
@@ -719,6 +467,10 @@ class CDDFuse(nn.Module):
         self.decoder = Restormer_Decoder()
         self.base_fusion = BaseFeatureExtraction(dim=64, num_heads=8)
         self.detail_fusion = DetailFeatureExtraction(num_layers=1)
+
+    def forward(self, vis: Tensor, ir: Tensor, skip: str = "vis") -> Tensor:
+        """The same as `fuse`, so that the system may be wrapped: DataParallel, torch.compile."""
+        return self.fuse(vis, ir, skip)
 
     def encode(self, image: Tensor) -> Features:
         """(B, 1, H, W) in [0, 1] -> base, detail and shallow features, each (B, 64, H, W)."""
@@ -748,25 +500,18 @@ class CDDFuse(nn.Module):
             ValueError: the shapes differ, a side is shorter than 2, or `skip` is unknown.
         """
         check_sources(vis, ir)
-        image = decoder_image(vis, ir, skip)
         # One pass over both modalities: the encoder is shared, and the larger batch keeps the machine busy.
-        return self._decode(image, *self.encoder.branch_sums(self.encoder.shallow(torch.cat([vis, ir]))))
+        base, detail, _ = self.encoder(torch.cat([vis, ir]))
+        return self.decode_fused(vis, ir, base, detail, skip)
 
     def decode_fused(self, vis: Tensor, ir: Tensor, base: Tensor, detail: Tensor, skip: str = "vis") -> Tensor:
         """The second half of `fuse`: features of vis and ir, stacked along the batch (2B, 64, H, W) -> fused."""
         image = decoder_image(vis, ir, skip)
-        return self._decode(image, _sum_of_both(base), _sum_of_both(detail))
-
-    def _decode(self, image: Tensor | None, base: Tensor, detail: Tensor) -> Tensor:
-        """Image or None, base and detail features summed over the modalities (written over in strips) -> fused."""
-        base, detail = _channels_last(base), _channels_last(detail)
-        parts = self.base_fusion.prepare(base), self.detail_fusion.prepare(detail)
-        reduced = side_by_side(self.decoder.reduce, *parts, into=base)
-        del parts, base, detail  # attention values among them
-        return self.decoder.decode(image, reduced, into=reduced)
+        base, detail = self.base_fusion(sum_of_both(base)), self.detail_fusion(sum_of_both(detail))
+        return self.decoder(image, base, detail)[0]
 
 
-def _sum_of_both(features: Tensor) -> Tensor:
+def sum_of_both(features: Tensor) -> Tensor:
     """The sum over the modalities, which are stacked along the batch: (2B, C, H, W) -> (B, C, H, W)."""
     # Not chunk(2): in an export it fixes the batch, being a number of pieces that depends on a size.
     return torch.add(*features.unflatten(0, (2, -1)))
@@ -791,13 +536,16 @@ def decoder_image(vis: Tensor, ir: Tensor, skip: str) -> Tensor | None:
     return vis if skip == "vis" else vis + ir
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _check_published(**arguments: tuple[object, object]) -> None:
     """Refuses arguments that the published classes take but no published network uses: name=(given, published)."""
     for name, (given, published) in arguments.items():
         if given != published:
             raise ValueError(f"{name} must be {published!r}, as in every published network, got {given!r}")
-
-
-def _check_size(x: Tensor) -> None:
-    if x.ndim != 4 or min(x.shape[2:]) < SMALLEST_SIDE:
-        raise ValueError(f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(x.shape)}")

@@ -172,7 +172,10 @@ class System:
     weights: Mapping[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())
     stretched = True
     takes_colour = False
-    works_in_pieces = True  # whether `net.strips` makes it take less memory
+    # Bytes a pixel of the image, in float32: of the maps that `fuse_tiled` keeps between two sweeps; and of all that
+    # `fuse` takes, where there is no `fuse_tiled`, which is what --max-memory is held against (0: not known).
+    map_bytes = 0
+    whole_bytes = 0
     skip_name = "decoder image"
     recipes: Mapping[str, Mapping[str, Any]] = {}
     other_weights: tuple[str, ...] = ()

@@ -6,11 +6,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import net
 from utils.common import InputError
 from utils.evaluation.scores import PUBLISHED_COLUMNS
+from utils.tiles import Tiles
 from utils.training.losses import (
     SSIM_FORMS,
     decomposition_loss,
@@ -64,6 +65,7 @@ class CDDFuseSystem(System, net.CDDFuse):
     published = weights  # under the same names, in a folder of their own
     columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
+    map_bytes = 2 * 64 * 4
     # Why: benchmarks/RESULTS.md, Recipes. `python -m benchmarks.recipes` compares it with the published one.
     recipes = {
         "ours": {
@@ -84,6 +86,16 @@ class CDDFuseSystem(System, net.CDDFuse):
         if trained_for == "mif":
             return "none"
         return "vis" if fusing == "ivf" else "sum"
+
+    def fuse_tiled(self, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) -> Tensor:
+        """`fuse`, in tiles. Every map is written over the one before."""
+        net.check_sources(vis, ir)
+        image = net.decoder_image(vis, ir, skip)
+        shallow = encode_tiled(self.encoder, torch.cat([vis, ir]), tiles)
+        branches = (self.encoder.baseFeature, shallow), (self.encoder.detailFeature, shallow)
+        base, detail = tiles.merged(sums_of_both, *branches, out=shallow).unflatten(0, (2, -1))
+        fused = tiles.merged(self.decoder.reduce, (self.base_fusion, base), (self.detail_fusion, detail), out=base)
+        return decode_tiled(self.decoder, image, fused, tiles)
 
     def stages(self, options: Options, task: str) -> list[Stage]:
         """Decomposition, then fusion. For medical images the decoder is never given an image."""
@@ -140,3 +152,23 @@ class CDDFuseSystem(System, net.CDDFuse):
         base, detail, _ = self.encoder(torch.cat([vis, ir]))
         maps = (*base.split(1), *detail.split(1))
         return dict(zip(("base vis", "base ir", "detail vis", "detail ir"), maps, strict=True))
+
+
+def encode_tiled(encoder: nn.Module, images: Tensor, tiles: Tiles) -> Tensor:
+    """The shallow features of an encoder in tiles: (B, 1, H, W) -> (B, 64, H, W)."""
+    x = tiles(encoder.patch_embed, images)
+    for block in encoder.encoder_level1:
+        x = tiles(block, x, out=x)
+    return x
+
+
+def decode_tiled(decoder: net.Restormer_Decoder, image: Tensor | None, reduced: Tensor, tiles: Tiles) -> Tensor:
+    """What a decoder makes of the reduced feature (B, 64, H, W), which is written over: (B, 1, H, W)."""
+    for block in decoder.encoder_level2:
+        reduced = tiles(block, reduced, out=reduced)
+    return decoder.add_image(image, tiles.memory.fetch(tiles(decoder.output, reduced)))
+
+
+def sums_of_both(base: Tensor, detail: Tensor) -> Tensor:
+    """Base and detail features of vis and ir, (2B, 64, H, W) each -> their sums over vis and ir, stacked: the same."""
+    return torch.cat([net.sum_of_both(base), net.sum_of_both(detail)])

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 import net
 from utils.common import InputError
 from utils.evaluation.scores import PUBLISHED_COLUMNS
+from utils.tiles import Local, Tiles
 from utils.training.losses import SSIM_FORMS, fusion_loss, gradient_loss, reconstruction_loss
 from zoo import Batch, Stage, System, check_options, option
+from zoo.cddfuse import decode_tiled, encode_tiled
 
 CHANNELS = 64
 
@@ -59,6 +61,8 @@ class AttentionalFusion(nn.Module):
     batch norm, and the mean is one value a channel and image: training needs two images a batch.
     """
 
+    halo = 0
+
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
         self.local_att = nn.Sequential(*self.layers(channels, channels // reduction))
@@ -76,15 +80,19 @@ class AttentionalFusion(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """(B, C, H, W) twice -> the same shape."""
-        # The mean of the sum, of which there is never more than a strip; the pooling that follows finds one pixel.
-        mean = net.fetched(a.mean(dim=(2, 3), keepdim=True)) + net.fetched(b.mean(dim=(2, 3), keepdim=True))
-        image_wide = self.global_att(mean)
+        return self.local(a, b, self.global_att(a + b))
 
-        def blend(a: Tensor, b: Tensor) -> Tensor:
-            weight = torch.sigmoid(self.local_att(a + b) + image_wide)
-            return 2 * (b + weight * (a - b))
+    def sums(self, a: Tensor, b: Tensor, inside: net.Inside) -> tuple[Tensor, Tensor]:
+        total = (a + b)[inside]
+        return total.sum(dim=(2, 3), dtype=torch.float32), total.new_tensor(total.shape[2:].numel())
 
-        return net.strip_by_strip(blend, a, b, halo=0)
+    def context(self, total: Tensor, pixels: Tensor) -> Tensor:
+        mean = (total / pixels)[:, :, None, None]
+        return self.global_att(mean.to(self.local_att[0].weight.dtype))  # whose pooling then finds one pixel
+
+    def local(self, a: Tensor, b: Tensor, image_wide: Tensor) -> Tensor:
+        weight = torch.sigmoid(self.local_att(a + b) + image_wide)
+        return 2 * (b + weight * (a - b))
 
 
 class Interaction(net.Coupling):
@@ -103,16 +111,17 @@ class Interaction(net.Coupling):
         self.AFF = AttentionalFusion(channels)
 
     def forward(self, *, base_ir: Tensor, base_vis: Tensor) -> Tensor:
-        coupled = net.strip_by_strip(self.couple, self.Trans1(base_ir), self.Trans2(base_vis), halo=self.halo)
-        first, second = coupled.chunk(2, dim=1)
+        first, second = self.couple(self.Trans1(base_ir), self.Trans2(base_vis)).chunk(2, dim=1)
         return self.AFF(self.Trans3(first), self.Trans4(second))
 
 
-class PairEncoder(net.ShallowEncoder):
+class PairEncoder(nn.Module):
     """Two images -> (shared, detail_vis, detail_ir): (B, 1, H, W) in [0, 1] twice -> three times (B, 64, H, W)."""
 
     def __init__(self) -> None:
-        super().__init__(in_channels=1, dim=CHANNELS, blocks=4, heads=8, expansion=2)
+        super().__init__()
+        self.patch_embed = net.PatchEmbedding(1, CHANNELS)
+        self.encoder_level1 = net.restormer_blocks(4, CHANNELS, heads=8, expansion=2)
         self.baseFeature_vis = net.BaseFeatureExtraction(CHANNELS, num_heads=8)
         self.baseFeature_ir = net.BaseFeatureExtraction(CHANNELS, num_heads=8)
         self.detailFeature_vis = net.DetailFeatureExtraction()
@@ -121,7 +130,7 @@ class PairEncoder(net.ShallowEncoder):
 
     def forward(self, vis: Tensor, ir: Tensor) -> PairFeatures:
         # One pass over both modalities: the shallow part is shared.
-        shallow_vis, shallow_ir = self.shallow(torch.cat([vis, ir])).chunk(2)
+        shallow_vis, shallow_ir = self.encoder_level1(self.patch_embed(torch.cat([vis, ir]))).chunk(2)
         shared = self.duelFuse(base_ir=self.baseFeature_ir(shallow_ir), base_vis=self.baseFeature_vis(shallow_vis))
         return PairFeatures(shared, self.detailFeature_vis(shallow_vis), self.detailFeature_ir(shallow_ir))
 
@@ -160,6 +169,7 @@ class FSIDFusion(System, nn.Module):
     weights = {"ivf": ("FSIDFusion.pth",), "mif": ("FSIDFusion.pth",)}  # one file for all images, as published
     columns = PUBLISHED_COLUMNS["fsidfusion"]
     Options = Options
+    map_bytes = 6 * 64 * 4
 
     # Name in a published checkpoint -> attribute.
     published_networks = {
@@ -206,9 +216,25 @@ class FSIDFusion(System, nn.Module):
     def decode_fused(self, vis: Tensor, ir: Tensor, features: PairFeatures, skip: str = "vis") -> Tensor:
         """The second half of `fuse`."""
         image = net.decoder_image(vis, ir, skip)
-        detail = net.strip_by_strip(torch.add, features.detail_vis, features.detail_ir, halo=0)
-        detail = self.specific_fusion(detail)
+        detail = self.specific_fusion(features.detail_vis + features.detail_ir)
         return self.decoder(image, features.shared, detail)[0]
+
+    def fuse_tiled(self, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) -> Tensor:
+        """`fuse`, in tiles. A map is written over where nobody needs it any more."""
+        net.check_sources(vis, ir)
+        image = net.decoder_image(vis, ir, skip)
+        encoder, couple = self.encoder, self.encoder.duelFuse
+        shallow_vis, shallow_ir = encode_tiled(encoder, torch.cat([vis, ir]), tiles).chunk(2)
+        base_ir, base_vis = tiles(encoder.baseFeature_ir, shallow_ir), tiles(encoder.baseFeature_vis, shallow_vis)
+        base_ir, base_vis = tiles(couple.Trans1, base_ir, out=base_ir), tiles(couple.Trans2, base_vis, out=base_vis)
+        first, second = tiles(Local(couple.couple, couple.halo), base_ir, base_vis).chunk(2, dim=1)
+        del base_ir, base_vis
+        first, second = tiles(couple.Trans3, first, out=first), tiles(couple.Trans4, second, out=second)
+        shared = tiles(couple.AFF, first, second, out=first)
+        details = (encoder.detailFeature_vis, shallow_vis), (encoder.detailFeature_ir, shallow_ir)
+        detail = tiles.merged(torch.add, *details, out=shallow_vis)
+        parts = (Local(nn.Identity(), 0), shared), (self.specific_fusion, detail)
+        return decode_tiled(self.decoder, image, tiles.merged(self.decoder.reduce, *parts, out=shared), tiles)
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:

@@ -10,7 +10,7 @@ for this project from the published tensor shapes. In the published code the att
 "spatial" and its pixel part "spectral", in the paper's figure it is the other way round; here they are called by
 what they weigh.
 
-Strips (`net.strips`) give the result of the whole image here too. Three quantities span the image, and each is
+In strips of whole rows (`fuse_tiled`) the result is that of the whole image. Three quantities span it, and each is
 gathered strip by strip before the pass that makes the fused rows:
 
 - the channel part of the attention: the average of the input features under a softmax over all pixels;
@@ -24,7 +24,6 @@ of the pooled features: 16 x H/6 x W numbers after they were resized to W.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ import net
 from utils.common import InputError
 from utils.inference.checkpoint import save_checkpoint
 from utils.metrics import PAPER_TABLE
+from utils.tiles import Tiles
 from utils.training.losses import multi_branch_loss
 from zoo import Batch, Stage, System, check_options, option
 
@@ -265,30 +265,16 @@ class MLFuse(nn.Module):
         Raises:
             ValueError: the shapes differ, or a side is shorter than 15.
         """
-        pieces = list(self._strips(img1, img2))
-        return pieces[0] if len(pieces) == 1 else Outputs(*(torch.cat(x, dim=2) for x in zip(*pieces, strict=True)))
+        return next(self.strips(img1, img2, [(0, img1.shape[2])]))
 
-    def fuse(self, img1: Tensor, img2: Tensor) -> Tensor:
-        """The fused image of `forward` alone, (B, 1, H, W) in (-1, 1); the images of the branches are not kept."""
-        pieces = self._strips(img1, img2)
-        first = next(pieces)
-        if first.fused.shape == img1.shape:
-            return first.fused
-        fused, top = torch.empty_like(img1), 0
-        # Filled, not collected: a small piece kept after each strip would cut up the memory that strips are made in.
-        for piece in itertools.chain([first], pieces):
-            fused[:, :, top : top + piece.fused.shape[2]] = piece.fused
-            top += piece.fused.shape[2]
-        return fused
-
-    def _strips(self, img1: Tensor, img2: Tensor) -> Iterator[Outputs]:
+    def strips(self, img1: Tensor, img2: Tensor, ranges: list[tuple[int, int]]) -> Iterator[Outputs]:
+        """What `forward` gives, in strips of whole rows, each from `top` to `bottom`: together all rows."""
         if img1.shape != img2.shape or img1.ndim != 4 or min(img1.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(
                 f"MLFuse needs two (B, 1, H, W) of one shape with H and W at least {SMALLEST_SIDE}, "
                 f"got {tuple(img1.shape)} and {tuple(img2.shape)}"
             )
         height, width = img1.shape[2:]
-        ranges = net.row_ranges(img1, STRIP_ROWS)
         inputs = ((self.inc_edg, img1), (self.inc_ssd, img2), (self.inc_cmk_1, img1), (self.inc_cmk_2, img2))
         edge_rows, salient_rows, *cross_rows = (input_rows(*pair, in_strips=len(ranges) > 1) for pair in inputs)
         pooled = self.edg_net.pool(edge_rows, ranges, height, width)
@@ -345,7 +331,18 @@ class MLFuseSystem(System, nn.Module):
         """(B, 1, H, W) in [0, 1] twice -> (B, 1, H, W) in (-1, 1): stretch it to the full range, as published."""
         if skip not in self.skips:
             raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
-        return self.network.fuse(vis, ir)
+        return self.network(vis, ir).fused
+
+    def fuse_tiled(self, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) -> Tensor:
+        """`fuse`, in strips of whole rows of about as many pixels as a tile."""
+        height, width = vis.shape[2:]
+        rows = max(STRIP_ROWS, tiles.pixels // (len(vis) * width)) if tiles.pixels else height
+        ranges = [(top, min(top + rows, height)) for top in range(0, height, rows)]
+        # Filled, not collected: a small strip kept after each would cut up the memory that strips are made in.
+        fused = torch.empty_like(vis)
+        for (top, bottom), strip in zip(ranges, self.network.strips(vis, ir, ranges), strict=True):
+            fused[:, :, top:bottom] = strip.fused
+        return fused
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:

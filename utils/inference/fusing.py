@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import net
 from utils.common import InputError, file_sha256, in_checkout
 from utils.inference.memory import (
-    CPU_PIECE_PIXELS,
-    BoundedWorkspace,
+    CPU_TILE_PIXELS,
+    BoundedMemory,
     Plan,
     format_size,
     memory_left,
@@ -27,6 +26,7 @@ from utils.inference.memory import (
     plan_memory,
     resident_memory,
 )
+from utils.tiles import Memory, Tiles
 from utils.training.distributed import local_device
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -189,13 +189,13 @@ def fuse_arrays(
         give_back_freed_memory()
     free = memory_to_take(device, max_memory)
     while True:
-        plan = plan_for(ir.shape, free, device, precision)
+        plan = plan_for(model, ir.shape, free, precision, limited=bool(max_memory))
         host_room = memory_left() // 2 if device.type != "cpu" else 0
-        workspace = BoundedWorkspace(plan.map_room, device, scratch, host_room)
+        memory = BoundedMemory(plan.map_room, device, scratch, host_room)
         try:
-            return run_plan(model, vis, ir, skip, plan, workspace, normalise=normalise, precision=precision)
+            return run_plan(model, vis, ir, skip, plan, memory, normalise=normalise, precision=precision)
         except torch.OutOfMemoryError as error:
-            if not model.works_in_pieces:
+            if not hasattr(model, "fuse_tiled"):
                 raise InputError(
                     f"{model.label} works on whole images, and {device} has no memory for one of "
                     f"{ir.shape[1]}x{ir.shape[0]} pixels (width x height); make it smaller, or try --device cpu"
@@ -215,15 +215,25 @@ def memory_to_take(device: torch.device, max_memory: int | None) -> int:
     return max_memory - resident_memory() if max_memory else memory_left() * 8 // 10
 
 
-def plan_for(shape: tuple[int, ...], free: int, device: torch.device, precision: str) -> Plan:
+def plan_for(model: Any, shape: tuple[int, ...], free: int, precision: str, *, limited: bool = False) -> Plan:
+    """How an image of this shape is fused with so many bytes; `limited` where the user set the limit.
+
+    Raises:
+        InputError: they are too few.
+    """
     height, width = shape
-    return plan_memory(
-        height,
-        width,
-        free=free,
-        kind=device.type,
-        element_size=PRECISIONS[precision].itemsize,
-    )
+    size, kind = PRECISIONS[precision].itemsize, next(model.parameters()).device.type
+    if hasattr(model, "fuse_tiled"):
+        return plan_memory(height, width, free=free, kind=kind, element_size=size, map_bytes=model.map_bytes)
+    needed = model.whole_bytes * height * width * size // 4
+    if needed > free:
+        raise InputError(
+            f"{model.label} works on whole images: {width}x{height} pixels need {format_size(needed)}, and "
+            f"{format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
+        )
+    if limited and not needed:
+        note_once(f"{model.label} works on whole images, so --max-memory does not bound it")
+    return Plan(0, 0, needed)
 
 
 @torch.inference_mode()
@@ -233,18 +243,25 @@ def run_plan(
     ir: np.ndarray,
     skip: str,
     plan: Plan,
-    workspace: net.Workspace,
+    memory: Memory,
     *,
     normalise: bool | Callable[[Tensor], Tensor] = True,
     precision: str = "float32",
 ) -> np.ndarray:
     """`fuse_arrays` with a plan and a place for feature maps."""
     device = next(model.parameters()).device
-    with net.strips(plan.pixels, workspace), autocast(device, precision):
-        fused = model.fuse(to_network(vis, device), to_network(ir, device), skip)
+    with autocast(device, precision):
+        fused = fuse_in_tiles(model, to_network(vis, device), to_network(ir, device), skip, Tiles(plan.pixels, memory))
     if callable(normalise):
         return to_levels(normalise(fused))
     return to_levels(stretch(fused) if normalise else fused.clamp(0, 1))
+
+
+def fuse_in_tiles(model: Any, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) -> Tensor:
+    """`model.fuse`, in tiles where the system works in tiles and the image is larger than one."""
+    if hasattr(model, "fuse_tiled") and 0 < tiles.pixels < vis[:, 0].numel() * 2:
+        return model.fuse_tiled(vis, ir, skip, tiles)
+    return model.fuse(vis, ir, skip)
 
 
 def find_weights(system: type, task: str, given: Path | str | None = None) -> list[Path]:
@@ -304,6 +321,8 @@ def load_system(
 class Fuser(nn.Module):
     """A system with everything decided: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused, the same.
 
+    On a CPU it works in tiles, but for gradients: with those enabled every feature map of the network is kept, about
+    10 kB a pixel for CDDFuse, 3 GB at 640 x 480. So call it within `torch.inference_mode()` unless you need them.
     Raises ValueError where an image has values outside [0, 1]: levels of 255 would fuse into something, too.
 
     Attributes:
@@ -323,9 +342,8 @@ class Fuser(nn.Module):
                 low, high = (float(value) for value in image.aminmax())
                 if not -1e-4 < low <= high < 1 + 1e-4:
                     raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}")
-        in_strips = vis.device.type == "cpu" and not self.training and not torch.compiler.is_exporting()
-        with net.strips(CPU_PIECE_PIXELS if in_strips else 0):
-            fused = self.system.fuse(vis, ir, self.skip)
+        whole = vis.device.type != "cpu" or self.training or torch.is_grad_enabled() or torch.compiler.is_exporting()
+        fused = fuse_in_tiles(self.system, vis, ir, self.skip, Tiles(0 if whole else CPU_TILE_PIXELS))
         return stretch(fused) if self.stretched else fused.clamp(0, 1)
 
     def about(self) -> dict[str, Any]:

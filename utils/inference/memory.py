@@ -1,7 +1,7 @@
 """How much memory fusing one image may take: the plan, and feature maps in memory or in a scratch file.
 
-Between two sweeps over an image CDDFuse keeps two maps of 64 channels, 512 bytes a pixel in float32, and while
-attention values are kept two more. Everything else is of the size of a piece or of the images themselves.
+Between two sweeps over an image CDDFuse keeps two maps of 64 channels, 512 bytes a pixel in float32. Everything else
+is of the size of a tile or of the images themselves.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import net
 from utils.common import InputError, free_memory, resident_memory
+from utils.tiles import Memory
 
-# Pieces of so many pixels are fastest: on a CPU because a piece stays in the cache, on a GPU because few are needed.
-CPU_PIECE_PIXELS = 16384
-CUDA_PIECE_PIXELS = 2**20
-SMALLEST_PIECE = 256
-WORTH_MAPS = 8  # pieces are made smaller by up to this factor, so that maps fit into memory
+# Pieces of so many pixels are fastest: on a CPU because a tile stays in the cache, on a GPU because few are needed.
+CPU_TILE_PIXELS = 16384
+CUDA_TILE_PIXELS = 2**20
+SMALLEST_TILE = 256
+WORTH_MAPS = 8  # tiles are made smaller by up to this factor, so that maps fit into memory
 
 LIBRARY_BYTES = 64 * 10**6  # what torch and its libraries take at their first call, and as much again
 IMAGE_BYTES = 48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its stretching
-PIECE_BYTES = 6000  # a pixel of a piece and of its halo, both modalities: the maps within one block
-# A pixel of a row of pieces: two copies of both modalities, and the pages of the scratch file below them.
+TILE_BYTES = 6000  # a pixel of a tile and of its halo, both modalities: the maps within one block
+# A pixel of a row of tiles: two copies of both modalities, and the pages of the scratch file below them.
 BAND_BYTES = 4 * 2 * 64 * 4
-MAP_BYTES = 2 * 64 * 4  # a pixel of the image: what CDDFuse keeps of both modalities between two sweeps
 WIDEST_HALO = 6  # pixels, of the detail branch
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -73,9 +72,9 @@ class Plan:
     """How one image is fused.
 
     Attributes:
-        pixels: of a piece, over all images of a batch.
+        pixels: of a tile, over all images of a batch.
         map_room: bytes of memory for feature maps; those that do not fit go to the scratch file.
-        working: bytes that images, pieces and rows of pieces take besides.
+        working: bytes that images, tiles and rows of tiles take besides.
     """
 
     pixels: int
@@ -83,7 +82,9 @@ class Plan:
     working: int
 
 
-def plan_memory(height: int, width: int, *, free: int, kind: str = "cpu", element_size: int = 4) -> Plan:
+def plan_memory(
+    height: int, width: int, *, free: int, kind: str = "cpu", element_size: int = 4, map_bytes: int = 512
+) -> Plan:
     """The plan for images of this size.
 
     Args:
@@ -91,19 +92,20 @@ def plan_memory(height: int, width: int, *, free: int, kind: str = "cpu", elemen
         free: bytes that may be taken beyond what the process has.
         kind: of the device, "cpu" or "cuda".
         element_size: bytes of a value of a feature map.
+        map_bytes: a pixel of the image, in float32: maps that the system keeps between two sweeps.
 
     Raises:
-        InputError: not even the smallest pieces fit.
+        InputError: not even the smallest tiles fit.
     """
-    most_pixels = CPU_PIECE_PIXELS if kind == "cpu" else CUDA_PIECE_PIXELS
-    sizes = [max(most_pixels >> i, SMALLEST_PIECE) for i in range(most_pixels.bit_length())]
-    images, maps = IMAGE_BYTES * height * width, MAP_BYTES * height * width * element_size // 4
+    most_pixels = CPU_TILE_PIXELS if kind == "cpu" else CUDA_TILE_PIXELS
+    sizes = [max(most_pixels >> i, SMALLEST_TILE) for i in range(most_pixels.bit_length())]
+    images, maps = IMAGE_BYTES * height * width, map_bytes * height * width * element_size // 4
     working = [
-        LIBRARY_BYTES + images + piece_memory(height, width, pixels) * element_size // 4 * 5 // 4  # the heap has gaps
+        LIBRARY_BYTES + images + tile_memory(height, width, pixels) * element_size // 4 * 5 // 4  # the heap has gaps
         for pixels in sizes
     ]
-    # Maps in memory are worth smaller pieces, down to an eighth: beyond that a scratch file and the best pieces were
-    # measured to take less time (benchmarks/RESULTS.md). Large pieces are worth more than room that holds no map.
+    # Maps in memory are worth smaller tiles, down to an eighth: beyond that a scratch file and the best tiles were
+    # measured to take less time (benchmarks/RESULTS.md). Large tiles are worth more than room that holds no map.
     for needed, smallest in ((maps, most_pixels // WORTH_MAPS), (0, 0)):
         for pixels, taken in zip(sizes, working, strict=True):
             if pixels >= smallest and taken + needed <= free:
@@ -114,23 +116,23 @@ def plan_memory(height: int, width: int, *, free: int, kind: str = "cpu", elemen
     )
 
 
-def piece_memory(height: int, width: int, pixels: int) -> int:
-    """Bytes that pieces of so many pixels take, in float32."""
+def tile_memory(height: int, width: int, pixels: int) -> int:
+    """Bytes that tiles of so many pixels take, in float32."""
     pixels = min(pixels, 2 * height * width)
     rows = max(1, math.isqrt(pixels // 2), pixels // 2 // width)
     columns = min(width, max(1, pixels // 2 // rows))
     band = (min(rows, height) + 2 * WIDEST_HALO) * width * BAND_BYTES
-    return band + (rows + 2 * WIDEST_HALO) * (columns + 2 * WIDEST_HALO) * PIECE_BYTES
+    return band + (rows + 2 * WIDEST_HALO) * (columns + 2 * WIDEST_HALO) * TILE_BYTES
 
 
-class BoundedWorkspace(net.Workspace):
+class BoundedMemory(Memory):
     """Feature maps in memory while there is room, then in temporary files.
 
     On a CUDA device maps that do not fit there are kept in the machine's memory, and then in files.
 
     Args:
         room: bytes for maps on the device.
-        device: where pieces are worked on.
+        device: where tiles are worked on.
         scratch: folder of the files; None: the system's folder for temporary files.
         host_room: bytes for maps in the machine's memory, where the device has its own.
     """
@@ -149,11 +151,8 @@ class BoundedWorkspace(net.Workspace):
     def new_map(self, shape: Sequence[int], like: Tensor) -> Tensor:
         return self._place(shape, like.dtype, ("device", "host", "scratch"))
 
-    def spare_map(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
-        return self._place(shape, like.dtype, ("device",))
-
-    def fetch(self, piece: Tensor) -> Tensor:
-        return piece.to(self.device, non_blocking=True)
+    def fetch(self, tile: Tensor) -> Tensor:
+        return tile.to(self.device, non_blocking=True)
 
     def row_done(self) -> None:
         # Pages that were read or written stay in the process until they are let go; the file keeps them.

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import net
 from utils.data.images import grey_of, one_below_another, side_by_side, to_uint8
 from utils.data.patches import Batch, HeldOut
 from utils.data.saliency import visual_saliency
 from utils.evaluation.scores import means
 from utils.inference.fusing import autocast, fuse_arrays, to_network
-from utils.inference.memory import CPU_PIECE_PIXELS, CUDA_PIECE_PIXELS
 from utils.metrics import PAPER_TABLE, score
 from utils.training.distributed import alone
 
@@ -96,8 +94,7 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.nd
         return {}
     device = next(model.parameters()).device
     try:
-        with net.strips(CPU_PIECE_PIXELS if device.type == "cpu" else CUDA_PIECE_PIXELS // 16):  # seldom drawn: small
-            maps = model.features(to_network(vis, device), to_network(ir, device))
+        maps = model.features(to_network(vis, device), to_network(ir, device))
     except torch.OutOfMemoryError:
         print(f"warning: {device} has no memory for the features of a pair; they are not drawn", file=sys.stderr)
         return {}

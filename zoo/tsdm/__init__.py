@@ -92,7 +92,6 @@ class TSDMFusion(System, nn.Module):
     weights = {"ivf": ("TSDM-Fusion_student.pth",), "mif": ()}
     other_weights = ("TSDM-Fusion_teacher.pth",)  # --init of a student
     takes_colour = True
-    works_in_pieces = False
     stretched = False  # its images are in the range of its sources already
     columns = PAPER_TABLE
     smallest_side = 1
