@@ -108,17 +108,27 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv_maps(x).chunk(3, dim=1)
-        return self.project_out(mix_channels(self.context(*attention_sums(q, k)), v))
+        return self.attend(v, self.context(*attention_sums(q, k)))
 
     def sums(self, x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
         q, k = self.qkv_maps(x, slice(0, 2 * x.shape[1]))[inside].chunk(2, dim=1)
         return attention_sums(q, k)
 
     def context(self, *sums: Tensor) -> Tensor:
-        return attention_matrix(*sums, self.temperature)
+        attention = attention_matrix(*sums, self.temperature)
+        # Attention and projection are one matrix: project(attention @ v) = (project @ attention) @ v.
+        return (
+            self.project_out.weight.flatten(1).to(attention.dtype) @ attention
+            if is_plain(self.project_out)
+            else attention
+        )
 
     def local(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return self.project_out(mix_channels(matrix, self.qkv_maps(x, slice(2 * x.shape[1], None))))
+        return self.attend(self.qkv_maps(x, slice(2 * x.shape[1], None)), matrix)
+
+    def attend(self, v: Tensor, matrix: Tensor) -> Tensor:
+        mixed = mix_channels(matrix, v)
+        return mixed if is_plain(self.project_out) else self.project_out(mixed)
 
 
 class RestormerAttention(ChannelAttention):
