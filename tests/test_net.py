@@ -7,6 +7,7 @@ images of tests/conftest.py; the tolerance 1e-5 covers the differences between t
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import os
 import sys
@@ -15,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 import net
 from tests import reference_net
 from tests.conftest import formula_image, set_formula_weights
+from utils.tiles import Tiles
+from zoo.cddfuse import CDDFuseSystem
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -166,130 +167,115 @@ def test_memory_layout_of_the_input_does_not_matter(model):
         torch.testing.assert_close(model.fuse(strided, ir), model.fuse(vis, ir), rtol=0, atol=1e-6)
 
 
-def test_attention_sums_gathered_by_halves_give_the_whole_map():
+def test_attention_sums_added_up_over_halves_give_the_whole_matrix():
     torch.manual_seed(0)
-    q, k = torch.randn(2, 2, 60, 64, dtype=torch.float64)
+    q, k = torch.randn(2, 2, 64, 6, 10, dtype=torch.float64)
     temperature = torch.rand(8, 1, 1, dtype=torch.float64) + 0.5
-    halves = [net.attention_sums(*half) for half in zip(q.split(25, dim=1), k.split(25, dim=1), strict=True)]
+    halves = [net.attention_sums(*half) for half in zip(q.split(4, dim=3), k.split(4, dim=3), strict=True)]
     products, squares = (sum(parts) for parts in zip(*halves, strict=True))
-    whole = net.attention_map(*net.attention_sums(q, k), temperature)
-    torch.testing.assert_close(net.attention_map(products, squares, temperature), whole, rtol=0, atol=1e-14)
+    whole = net.attention_matrix(*net.attention_sums(q, k), temperature)
+    torch.testing.assert_close(net.attention_matrix(products, squares, temperature), whole, rtol=0, atol=1e-14)
 
 
-def test_attend_equals_attention_written_out():
+@pytest.mark.parametrize("kind", [net.RestormerAttention, net.BaseAttention])
+def test_attention_equals_attention_written_out_with_the_same_gradient(kind):
     torch.manual_seed(0)
-    qkv, projection = torch.randn(2, 48, 5, 7, dtype=torch.float64), torch.randn(16, 16, 1, 1, dtype=torch.float64)
-    temperature = torch.rand(4, 1, 1, dtype=torch.float64) + 0.5
-    q, k, v = (x.reshape(2, 4, 4, 35) for x in qkv.chunk(3, dim=1))
-    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    attended = torch.softmax(q @ k.transpose(-2, -1) * temperature, dim=-1) @ v
-    wanted = torch.nn.functional.conv2d(attended.reshape(2, 16, 5, 7), projection)
-    attended = net.attend(lambda x: x.chunk(3, dim=1), lambda x: x.chunk(3, dim=1)[2], qkv, temperature, projection)
-    for got in (attended(qkv), attended(qkv, attended.values)):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-
-
-class Forgetful(net.Workspace):
-    """Has room for nothing that can be made again."""
-
-    def spare_map(self, shape, like):
-        return None
-
-
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    height=st.integers(2, 33),
-    width=st.integers(2, 33),
-    pixels=st.integers(1, 1500),  # from pieces of one pixel, far below the halos, to one of the whole image
-    batch=st.integers(1, 2),
-    workspace=st.sampled_from([net.Workspace, Forgetful]),
-)
-@example(height=2, width=33, pixels=1, batch=1, workspace=Forgetful)
-@example(height=13, width=7, pixels=60, batch=2, workspace=Forgetful)
-@example(height=16, width=21, pixels=100, batch=1, workspace=net.Workspace)
-def test_pieces_of_any_size_give_the_result_of_the_whole_image(model, height, width, pixels, batch, workspace):
-    if pixels < 16:
-        height, width = min(height, 9), min(width, 9)  # the smallest pieces take long
-    vis, ir = (torch.cat([formula_image(c + i, height, width) for i in range(batch)]) for c in (0, 2))
-    given_vis = vis.clone()
-    with torch.no_grad():
-        wanted = model.fuse(vis, ir, "sum")
-        with net.strips(pixels, workspace()):
-            got = model.fuse(vis, ir, "sum")
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)  # float32; sums are ordered differently
-    assert vis.equal(given_vis)
-
-
-@pytest.mark.parametrize("pixels", [50, 200])
-def test_networks_called_one_by_one_in_pieces_leave_their_inputs_alone(model, pixels):
-    image = formula_image(0, 19, 23)
-    with torch.no_grad():
-        wanted = model.encoder(image)
-        out, reduced = model.decoder(image, *wanted[:2])
-        with net.strips(pixels):
-            got = model.encoder(image)
-            again, reduced_again = model.decoder(image, *got[:2])
-        reconstructed = model.reconstruct(image)  # the context has ended
-    for a, b in zip((*got, again, reduced_again), (*wanted, out, reduced), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=3e-6)  # float32 features of size 3
-    assert reconstructed.equal(out)
-
-
-def test_pieces_may_be_written_over_their_sources():
-    x = torch.randn(2, 3, 17, 23, generator=torch.Generator().manual_seed(0))
-    weight = torch.ones(3, 1, 5, 5)
-
-    def blur(x):
-        return torch.nn.functional.conv2d(x, weight, padding=2, groups=3)
-
-    wanted = blur(x)
-    for pixels in (1, 7, 30, 100, 400, 10_000):
-        mine = x.clone()
-        with net.strips(pixels):
-            got = net.strip_by_strip(blur, mine, halo=2, into=mine)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)  # sums of 25 floats
-        assert pixels >= 2 * 17 * 23 or got is mine
-
-
-def test_rows_too_long_for_a_piece_are_cut_too():
-    image = torch.empty(1, 64, 8333, 12_000, device="meta")
-    with net.strips(4096):
-        rows, columns = net._grid(image)
-    for cuts, length in ((rows, 8333), (columns, 12_000)):
-        assert cuts[0][0] == 0 and cuts[-1][1] == length
-        assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
-        assert {b - a for a, b in cuts} <= {62, 63, 64}
-
-
-def test_composed_base_convolution_has_the_gradient_of_the_two_it_replaces():
-    torch.manual_seed(0)
-    attention = net.FullAttention(16, 4).double()
-    norm = net.PixelNorm(16).double()
-    x = torch.randn(1, 16, 6, 7, dtype=torch.float64)
-    weights = list(attention.parameters())
-    attended = attention(norm, x)
-    got = torch.autograd.grad(attended(x, attended.values).square().sum(), weights)
-
-    def two(x):
-        return attention.qkv2(attention.qkv1(norm(x))).chunk(3, dim=1)
-
-    plain = net.attend(two, lambda x: two(x)[2], x, attention.scale, attention.proj.weight)
-    for a, b in zip(got, torch.autograd.grad(plain(x).square().sum(), weights), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_groups_of_channels_are_convolved_as_by_torch(size):
-    torch.manual_seed(0)
-    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    up = torch.randn(8, 6, 1, 1, dtype=torch.float64, requires_grad=True)
-    grouped = torch.randn(8, size, 3, 3, dtype=torch.float64, requires_grad=True)
-    wanted = torch.conv2d(torch.conv2d(x, up), grouped, padding=1, groups=8 // size)
-    got = net._up_and_group(x, up, grouped)
+    attention = kind(16, 4).double()
+    first, second, last, scale = {
+        net.RestormerAttention: ("qkv", "qkv_dwconv", "project_out", "temperature"),
+        net.BaseAttention: ("qkv1", "qkv2", "proj", "scale"),
+    }[kind]
+    getattr(attention, scale).data.uniform_(0.5, 1.5)
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    qkv = getattr(attention, second)(getattr(attention, first)(x))
+    attended = reference_net.channel_attention(qkv, getattr(attention, scale), 4)
+    wanted, got = getattr(attention, last)(attended), attention(x)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    gradients = (torch.autograd.grad(y.square().sum(), (up, grouped)) for y in (got, wanted))
+    gradients = (torch.autograd.grad(y.square().sum(), list(attention.parameters())) for y in (got, wanted))
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+CONVOLUTIONS = [name for name, part in net.CDDFuse().named_modules() if isinstance(part, torch.nn.Conv2d)]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_every_convolution_is_called_and_may_be_replaced(model, tiled):
+    """Hooks see each convolution, and one with a bias in its place counts, in tiles too."""
+    vis, ir = formula_image(0, 9, 11), formula_image(1, 9, 11)
+    hooked, called = copy.deepcopy(model), set()
+    for name in CONVOLUTIONS:
+        hooked.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    with torch.no_grad():
+        got = CDDFuseSystem.fuse_tiled(hooked, vis, ir, "vis", Tiles(60)) if tiled else hooked(vis, ir)
+        torch.testing.assert_close(got, model(vis, ir), rtol=0, atol=1e-6)
+    assert called == set(CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("name", [n for n in CONVOLUTIONS if n.startswith("base_fusion") or "level2.0" in n])
+def test_a_convolution_with_a_bias_in_the_place_of_a_plain_one_counts(model, name):
+    changed = copy.deepcopy(model).double()
+    old = changed.get_submodule(name)
+    new = torch.nn.Conv2d(
+        old.in_channels, old.out_channels, old.kernel_size, padding=old.padding, groups=old.groups, bias=True
+    )
+    new.weight.data, new.bias.data = old.weight.data, torch.linspace(-1, 1, old.out_channels).double()
+    changed.set_submodule(name, new)
+    reference = reference_net.CDDFuse().double()
+    reference.load_state_dict(model.state_dict())
+    reference.set_submodule(name, new)
+    vis, ir = (image.double() for image in (formula_image(0, 9, 11), formula_image(1, 9, 11)))
+    with torch.no_grad():
+        wanted = reference.fuse(vis, ir)
+        assert (wanted - model.double()(vis, ir)).abs().max() > 1e-6
+        model.float()
+        torch.testing.assert_close(changed(vis, ir), wanted, rtol=0, atol=1e-9)
+        tiled = CDDFuseSystem.fuse_tiled(changed, vis, ir, "vis", Tiles(60))
+        torch.testing.assert_close(tiled, wanted, rtol=0, atol=1e-9)
+
+
+def test_a_wrapped_system_is_called_as_the_system(model):
+    vis, ir = formula_image(0, 9, 11), formula_image(1, 9, 11)
+    with torch.no_grad():
+        assert torch.nn.DataParallel(model)(vis, ir).equal(model.fuse(vis, ir))
+        assert model(vis, ir, skip="none").equal(model.fuse(vis, ir, "none"))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_pairs_of_channels_are_convolved_as_by_torch(gradients):
+    torch.manual_seed(0)
+    conv = net.PairConv2d(8).double()
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64, requires_grad=True)
+    wanted = torch.conv2d(x, conv.weight, padding=1, groups=4)
+    with torch.set_grad_enabled(gradients):
+        got = conv(x)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    if gradients:
+        found = (torch.autograd.grad(y.square().sum(), (x, conv.weight)) for y in (got, wanted))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("image", ["black", "half black", "white", "grey", "noise", "faint"])
+def test_gradients_are_finite_and_those_of_the_published_form(image):
+    torch.manual_seed(0)
+    noise = torch.rand(1, 1, 16, 16, dtype=torch.float64)
+    half = torch.cat([torch.zeros(1, 1, 16, 8), noise[..., :8]], dim=3)
+    vis = {
+        "black": torch.zeros_like(noise), "half black": half, "white": torch.ones_like(noise),
+        "grey": torch.full_like(noise, 0.3), "noise": noise, "faint": noise * 1e-10,
+    }[image]  # fmt: skip
+    model = net.CDDFuse().double()
+    reference = reference_net.CDDFuse().double()
+    reference.load_state_dict(model.state_dict())
+    found = []
+    for network in (model, reference):
+        base, detail, _ = network.encoder(vis)
+        total = base.square().sum() + detail.sum() + network.fuse(vis, noise.flip(3)).sum()
+        found.append(torch.autograd.grad(total, list(network.parameters())))
+    for got, wanted in zip(*found, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9 * wanted.abs().max().item())
 
 
 def test_every_weight_gets_a_gradient(model):
