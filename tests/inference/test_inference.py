@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.inference import operations_per_pixel
 from utils.common import InputError
 from utils.inference import fusing
-from utils.inference.fusing import fuse_arrays, pick_device, stretch, to_levels, to_network
+from utils.inference.fusing import Fuser, fuse_arrays, load_fuser, pick_device, stretch, to_levels, to_network
+from zoo import SYSTEMS, find_system
 from zoo.cddfuse import CDDFuseSystem
 
 
@@ -88,10 +91,27 @@ def test_each_process_asks_its_own_gpu_alone(monkeypatch):
     assert pick_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_float32_is_not_tf32(monkeypatch):
+@pytest.mark.parametrize("how", [lambda: pick_device("cpu"), lambda: load_fuser(CDDFuseSystem)])
+def test_float32_is_not_tf32(how, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    pick_device("cpu")
+    how()
     assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("size", [(128, 160), (97, 200), (161, 131)])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_fuser_gives_one_result_with_and_without_gradients(name, size):
+    """Images larger than a tile, called as README does."""
+    torch.manual_seed(0)
+    system = find_system(name)().eval()
+    fuser = Fuser(system, Path("none.pth"), system.skips[0], stretched=False).eval()
+    vis, ir = torch.rand(2, 1, 1, *size)
+    with_gradients = fuser(vis, ir)
+    with torch.inference_mode():
+        without = fuser(vis, ir)
+    torch.testing.assert_close(with_gradients.detach(), without, rtol=0, atol=1e-5)
+    with_gradients.mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in system.parameters())
 
 
 def test_operations_of_the_benchmark_are_those_that_torch_counts(model):

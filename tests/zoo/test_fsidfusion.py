@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-import net
 import train
 from tests.conftest import formula_image, set_formula_weights
 from utils.common import InputError
 from utils.data.patches import PatchWriter
 from utils.inference.checkpoint import read_file, save_checkpoint
+from utils.tiles import Tiles
 from zoo import Batch
 from zoo.fsidfusion import AttentionalFusion, FSIDFusion
 
@@ -144,20 +144,6 @@ def test_decoder_image_is_the_one_asked_for(model):
     assert {FSIDFusion.default_skip(a, b) for a in ("ivf", "mif") for b in ("ivf", "mif")} == {"vis"}
 
 
-@pytest.mark.parametrize("size", [(2, 9), (13, 7), (24, 31)])
-@pytest.mark.parametrize("pixels", [1, 60, 200, 10_000])
-def test_strips_of_any_height_give_the_result_of_the_whole_image(model, size, pixels):
-    vis, ir, *_ = batch_of_two(*size)
-    with torch.no_grad():
-        wanted = model.fuse(vis, ir)
-        with net.strips(pixels):
-            got = model.fuse(vis, ir)
-            features = model.encode(vis, ir)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)  # float32; sums are ordered differently
-    for a, b in zip(features, model.encode(vis, ir), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)  # features reach 10
-
-
 def test_attentional_fusion_equals_its_formula():
     torch.manual_seed(0)
     block = AttentionalFusion(16).double()
@@ -169,9 +155,9 @@ def test_attentional_fusion_equals_its_formula():
     a, b = torch.randn(2, 2, 16, 9, 5, dtype=torch.float64)
     weight = torch.sigmoid(block.local_att(a + b) + block.global_att(a + b))
     wanted = 2 * a * weight + 2 * b * (1 - weight)
-    for pixels in (0, 20):
-        with net.strips(pixels):
-            torch.testing.assert_close(block(a, b), wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(block(a, b), wanted, rtol=0, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(Tiles(20)(block, a, b), wanted, rtol=0, atol=1e-13)
 
 
 def test_bfloat16_stays_near_float32(model):

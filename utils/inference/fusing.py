@@ -51,13 +51,12 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a name; "auto" is CUDA where torch can use it, else the CPU. For scripts.
 
-    Each of several processes that torchrun started has its own GPU. Convolutions in float32 are float32 from then on:
-    PyTorch leaves them ten bits on a GPU, and of a difference of large numbers, as in SSIM, nothing would be left.
+    Each of several processes that torchrun started has its own GPU.
 
     Raises:
         InputError: unknown name, or a device that torch cannot use here.
     """
-    torch.backends.cudnn.allow_tf32 = False
+    use_full_float32()
     if name == "auto":
         return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -67,6 +66,12 @@ def pick_device(name: str = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     return device
+
+
+def use_full_float32() -> None:
+    """Makes convolutions in float32 float32. PyTorch leaves them ten bits on a GPU (TF32), and of a difference of large
+    numbers, as in SSIM, nothing would be left. Scripts, hub and doctor all come here."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -305,6 +310,7 @@ def load_system(
     Raises:
         FileNotFoundError, InputError: as the system's `load_published`; or an unknown skip.
     """
+    use_full_float32()
     model = system().to(device).eval()
     about = model.load_published(weights)
     # Published files say nothing about themselves; their names do.
