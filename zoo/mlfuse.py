@@ -37,7 +37,6 @@ from torch import Tensor, nn
 import net
 from utils.common import InputError
 from utils.inference.checkpoint import save_checkpoint
-from utils.metrics import PAPER_TABLE
 from utils.training.losses import multi_branch_loss
 from zoo import Batch, Stage, System, check_options, option
 
@@ -323,11 +322,9 @@ class Options:
 
 class MLFuseSystem(System, nn.Module):
     label = "MLFuse"
-    skips = ("none",)  # its output layer is given no image
     smallest_side = SMALLEST_SIDE
     smallest_patch = SMALLEST_SIDE
     weights = {"ivf": ("MLFuse.pth",), "mif": ("MLFuse.pth",)}  # one file for all images
-    columns = PAPER_TABLE  # its own values come from a toolbox with other conventions
     Options = Options
     recipes = {
         "published": {
@@ -347,10 +344,6 @@ class MLFuseSystem(System, nn.Module):
             raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
         return self.network.fuse(vis, ir)
 
-    @staticmethod
-    def default_skip(trained_for: str, fusing: str) -> str:
-        return "none"
-
     def stages(self, options: Options, task: str) -> list[Stage]:
         """One stage, in which all branches learn at once. Batches need the saliency maps of the second image."""
 
@@ -360,14 +353,15 @@ class MLFuseSystem(System, nn.Module):
                     "MLFuse trains on visual saliency maps, and these patches have none; "
                     "make the patch file with `python dataprocessing.py --saliency`"
                 )
-            terms = multi_branch_loss(batch.vis, batch.ir, batch.ir_saliency, *self.network(batch.vis, batch.ir))
+            outputs = self.network(batch.vis, batch.ir)
+            terms = multi_branch_loss(batch.vis, batch.ir, batch.ir_saliency, *outputs)
             terms["total"] = (
                 options.edge_weight * terms["edge"]
                 + options.attention_weight * terms["attention"]
                 + options.cross_weight * terms["cross"]
                 + options.fusion_weight * terms["fusion"]
             )
-            return terms
+            return self.with_fused_terms(terms, options, batch, outputs.fused)
 
         return [Stage("joint", options.epochs, {"network": self.network}, losses)]
 
