@@ -23,7 +23,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,71 +31,20 @@ import torch
 from utils.common import InputError, check_writable, git_commit, listed, lock_run_dir, run_script
 from utils.data.images import write_image
 from utils.data.patches import PatchDataset
-from utils.inference.fusing import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
+from utils.inference.checkpoint import load_fitting
+from utils.inference.fusing import find_weights, keep_freed_memory, pick_device, pick_precision
 from utils.metrics import SMALLEST_SCORED
 from utils.training import run_state
 from utils.training.distributed import any_rank, from_first, is_first, process_group, ranks
 from utils.training.loop import Run, Stop
 from utils.training.monitor import add_scalars, draw_panel, log, open_curves, validate
-from utils.training.optimizers import OPTIMIZERS
-from zoo import LARGEST, SYSTEMS, TASKS, check_options, find_system, option
+from utils.training.options import LARGEST, Options, add_options, take_options
+from zoo import SYSTEMS, TASKS, find_system
 
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")
 PUBLISHED = "published"  # the recipe that every default is of
 MOST_DRAWN = 10**8  # patches an epoch: their order, crops and flips are drawn before it begins
 EXIT_UNFINISHED = 75  # what sendmail and its kin say for "not done, try again"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the training loop; the defaults are those of the published code of CDDFuse."""
-
-    batch_size: int = option(8, "patches a step", above=0, most=2**16)
-    optimizer: str = option("adam", "muon: orthogonalised steps for matrices and kernels, Adam for the rest",
-                            choices=OPTIMIZERS)  # fmt: skip
-    learning_rate: float = option(1e-4, "of the optimiser, for each network", above=0)
-    muon_factor: float = option(1.0, "times the rate, for the steps that Muon takes", above=0)
-    schedule: str = option("step", "step: times --lr-factor every --lr-epochs; cosine: to --min-lr over all stages",
-                           choices=("step", "cosine"))  # fmt: skip
-    lr_epochs: int = option(20, "epochs of training of a network between two steps of its rate", above=0)
-    lr_factor: float = option(0.5, "factor of a step of the rate", above=0)
-    min_lr: float = option(1e-6, "the schedule goes no lower", low=0)
-    warmup_steps: int = option(0, "steps over which the rate rises to its value, before either schedule", low=0)
-    clip_norm: float = option(0.01, "largest gradient norm of each network; 0: no limit", low=0)
-    weight_decay: float = option(0.0, "of Adam, added to the gradient", low=0)
-    decoupled_weight_decay: bool = option(
-        False, "take the decay off the weights instead, as AdamW does, and Muon always"
-    )
-    crop: int = option(0, "side of a random crop of each patch; 0: the whole patch", low=0)
-    flips: bool = option(False, "flip and quarter-turn patches at random")
-    epoch_batches: int = option(0, "steps an epoch; 0: one pass over the patches", low=0)
-    ema: float = option(0.0, "decay a step of the running average of the weights, which is what is kept; 0: none",
-                        low=0, below=1)  # fmt: skip
-    drop_last: bool = option(False, "leave out a last batch that is smaller than the others")
-    precision: str = option("float32", "bfloat16: autocast, with the losses in float32; auto: where the device has "
-                            "instructions for it, else float32", choices=("auto", *PRECISIONS))  # fmt: skip
-    seed: int = option(0, "of the first weights and of the order, crops and flips of the patches", low=0,
-                      most=2**32 - 1)  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> None:
-    """Adds one command-line option for each field of an options dataclass, with its default."""
-    group = parser.add_argument_group(title)
-    for item in dataclasses.fields(options):
-        kind = {"int": int, "float": float, "str": str}.get(item.type)
-        # Choices are shown here and checked by the dataclass, which code that makes one by hand goes through too.
-        shown = "|".join(item.metadata["choices"]) or item.type.upper()
-        how = {"type": kind, "metavar": shown} if kind else {"action": argparse.BooleanOptionalAction}
-        # Filled in when help is shown: a recipe changes defaults after the options were added.
-        text = f"{item.metadata['help']} (default: %(default)s)"
-        group.add_argument(f"--{item.name.replace('_', '-')}", default=item.default, help=text, **how)
-
-
-def take_options(args: argparse.Namespace, options: type) -> Any:
-    return options(**{item.name: getattr(args, item.name) for item in dataclasses.fields(options)})
 
 
 def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentParser:
@@ -152,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace, system: type) -> int:
     started = time.monotonic()
     if args.recipe != PUBLISHED and system.published_recipe and int(os.environ.get("RANK", 0)) == 0:
-        log(f"recipe {args.recipe}; that of the paper: --recipe {PUBLISHED}")
+        log(f"recipe {args.recipe}; the published one: --recipe {PUBLISHED}")
     device = pick_device(args.device)
     keep_freed_memory()
     with process_group(device), contextlib.ExitStack() as held:
@@ -274,9 +222,9 @@ def start_from(run: Run, args: argparse.Namespace) -> None:
     if args.init:
         run.model.load_published(path)
     else:
-        fitting = run_state.load_fitting(run.model, path)
+        taken = load_fitting(path, run.model)
         if is_first():
-            log(f"tensors taken of {path}: {fitting}")
+            log(taken)
     run.restart_average()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,13 @@ from utils.common import InputError, in_checkout
 from utils.data.patches import Batch
 from utils.inference.checkpoint import load_checkpoint, save_checkpoint
 from utils.metrics import PAPER_TABLE
+from utils.training.options import check_options, option
 
 __all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "System", "check_options", "find_system", "option"]
 
 Terms = dict[str, Tensor]  # of a loss, by name; "total" is minimised
 
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
-
-LARGEST = 10**6  # number that an option takes
-LIMITS = {"above": ("more than", operator.gt), "low": ("at least", operator.ge),
-          "below": ("less than", operator.lt), "most": ("at most", operator.le)}  # fmt: skip
 
 # Name on the command line -> module and class. Imported when asked for: one system never needs another.
 SYSTEMS = {
@@ -39,36 +35,6 @@ SYSTEMS = {
     "mlfuse": ("zoo.mlfuse", "MLFuseSystem"),
     "tsdm": ("zoo.tsdm", "TSDMFusion"),
 }
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
-    """A field of an options dataclass: default, explanation, and what `check_options` allows.
-
-    Args:
-        limits: `above`, `low`, `below`, `most`; numbers are at most `LARGEST` where nothing else is said.
-    """
-    if type(default) in (int, float):
-        limits = {"most": LARGEST, **limits}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
-
-
-def check_options(options: Any) -> None:
-    """Checks every field of an options dataclass against what its `option` allows.
-
-    Raises:
-        InputError: one line with all that is wrong, under the names of the command line.
-    """
-    problems = []
-    for item in dataclasses.fields(options):
-        value, rule = getattr(options, item.name), item.metadata
-        wrong = [f"{words} {rule[key]}" for key, (words, holds) in LIMITS.items()
-                 if key in rule and not holds(value, rule[key])]  # fmt: skip
-        if rule["choices"] and value not in rule["choices"]:
-            wrong = [f"one of {', '.join(rule['choices'])}"]
-        if wrong:
-            problems.append(f"--{item.name.replace('_', '-')} must be {wrong[0]}, got {str(value)[:20]}")
-    if problems:
-        raise InputError("; ".join(problems))
 
 
 def _as_it_is(batch: Batch, seed: Sequence[int]) -> Batch:
@@ -186,8 +152,8 @@ class System:
         return cls.skips[0]
 
     @classmethod
-    def row_label(cls, task: str, stem: str, is_alone: bool = True) -> str:
-        """How the row of a weight file is called in a table, of which it may be the only row."""
+    def row_label(cls, task: str, stem: str) -> str:
+        """How the row of a weight file is called in a table: by its name, as a table may hold several."""
         return stem if stem.startswith(cls.label) else f"{cls.label} {stem}"
 
     def fused_terms(self, options: Any) -> dict[str, tuple[float, Callable[[Tensor, Tensor, Tensor], Tensor]]]:

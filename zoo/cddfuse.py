@@ -76,8 +76,9 @@ class CDDFuseSystem(System, net.CDDFuse):
     }  # fmt: skip
 
     @classmethod
-    def row_label(cls, task: str, stem: str, is_alone: bool = True) -> str:
-        return "CDDFuse    " if task == "ivf" and is_alone else stem  # as published
+    def row_label(cls, task: str, stem: str) -> str:
+        is_published = (task, stem) == ("ivf", "CDDFuse_IVF")  # and so is this label
+        return "CDDFuse    " if is_published else super().row_label(task, stem)
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:

@@ -61,8 +61,8 @@ def test_spatial_gradient_loss_equals_the_golden_value():
 def test_spatial_gradient_of_a_ramp_is_its_slope():
     ramp = torch.arange(6.0).expand(1, 1, 5, 6) * 0.1
     gradient = losses.spatial_gradient(ramp)
-    torch.testing.assert_close(gradient[0, 0, :, 1:-1], torch.full((5, 4), 0.1))
-    torch.testing.assert_close(gradient[0, 1], torch.zeros(5, 6))
+    torch.testing.assert_close(gradient[0, 0, 0, :, 1:-1], torch.full((5, 4), 0.1))
+    torch.testing.assert_close(gradient[0, 0, 1], torch.zeros(5, 6))
 
 
 def test_sobel_magnitude_pads_with_zeros():
@@ -266,7 +266,7 @@ def test_stage_losses_equal_the_published_ones_on_real_images(fusion_data, case)
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_losses_and_gradients_are_those_of_the_transcription(phase):
+def test_losses_and_gradients_are_those_of_the_reference_implementation(phase):
     torch.manual_seed(phase)
     ours, published = CDDFuseSystem(), reference_net.CDDFuse()
     published.load_state_dict(ours.state_dict())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -16,23 +15,13 @@ from utils.inference.checkpoint import read_file, save_file
 from utils.training import loop
 from utils.training.loop import Run
 from utils.training.optimizers import OPTIMIZERS
-from zoo import SYSTEMS, Stage, find_system
+from zoo import Stage, find_system
 from zoo.cddfuse import CDDFuseSystem
-
-
-@pytest.fixture
-def patch_file(tmp_path):
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:16, :16]
-    waves = 127 + 100 * np.sin(0.5 * x + 0.3 * y + np.arange(6)[:, None, None])
-    with PatchWriter(tmp_path / "patches.h5", 16) as writer:
-        writer.add(np.clip(waves + rng.normal(0, 3, waves.shape), 0, 255), 255 - np.clip(waves, 0, 255))
-    return tmp_path / "patches.h5"
 
 
 def run(patch_file, out, *options, epochs=(1, 1)):
     argv = ["--data", str(patch_file), "--out", str(out), "--device", "cpu", "--recipe", "published"]
-    argv += ["--batch-size", "4"]
+    argv += ["--batch-size", "4", "--validate-every", "0"]
     argv += ["--stage1-epochs", str(epochs[0]), "--stage2-epochs", str(epochs[1]), *options]
     return train.main(argv)
 
@@ -92,7 +81,7 @@ def test_factor_is_of_the_rate_of_muon_alone(patch_file):
     state.set_learning_rates()
     rates = {(group["name"], group.get("by")): group["lr"] for group in state.optimizer.param_groups}
     assert rates["encoder", "muon"] == pytest.approx(3e-4) and rates["encoder", None] == pytest.approx(1e-4)
-    assert state.rates()["encoder"] == pytest.approx(1e-4)
+    assert state.learning_rates()["encoder"] == pytest.approx(1e-4)
 
 
 def test_log_has_a_line_an_epoch_with_every_term(patch_file, tmp_path):
@@ -194,12 +183,6 @@ def test_each_network_is_clipped_alone(patch_file, tmp_path, monkeypatch):
     assert norms == pytest.approx([0.01] * 12, rel=1e-3)
 
 
-def test_medical_run_says_so_in_its_weights(patch_file, tmp_path):
-    run(patch_file, tmp_path / "run", "--task", "mif")
-    about = read_file(tmp_path / "run/CDDFuse_MIF.pth")["about"]
-    assert about["task"] == "mif" and about["system"] == "cddfuse" and about["epochs"] == 2 and about["steps"] == 4
-
-
 def test_init_starts_from_given_weights(patch_file, tmp_path):
     run(patch_file, tmp_path / "a", epochs=(1, 0))
     given = tmp_path / "a/CDDFuse_IVF.pth"
@@ -219,23 +202,6 @@ def test_automatic_precision_is_recorded_as_what_it_came_to(has_it, wanted, patc
     assert read_file(tmp_path / "run/last.pt")["settings"]["precision"] == wanted
 
 
-def test_non_finite_loss_stops_before_the_step(patch_file, tmp_path, monkeypatch, capsys):
-    assert run(patch_file, tmp_path / "run", epochs=(2, 1)) == 0
-    stages = CDDFuseSystem.stages
-
-    def broken(self, options, task):
-        first, *rest = stages(self, options, task)
-        nan = lambda batch: {"total": first.losses(batch)["total"] * float("nan")}  # noqa: E731
-        return [Stage(first.name, first.epochs, first.networks, nan), *rest]
-
-    stepped = []
-    monkeypatch.setattr(CDDFuseSystem, "stages", broken)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: stepped.append(1))
-    assert run(patch_file, tmp_path / "other", epochs=(2, 1)) == 2
-    assert "not finite" in capsys.readouterr().err
-    assert not stepped and not list((tmp_path / "other").glob("*.pth"))
-
-
 def error_of(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -247,8 +213,8 @@ def error_of(capsys):
     [
         (["--batch-size", "0"], "--batch-size must be more than 0"),
         (["--learning-rate", "-1", "--crop", "-2"], "--crop must be at least 0"),
-        (["--learning-rate", "nan"], "--learning-rate must be finite"),
-        (["--ssim-weight", "inf"], "--ssim-weight must be finite"),
+        (["--learning-rate", "nan"], "--learning-rate must be more than 0, got nan"),
+        (["--ssim-weight", "inf"], "--ssim-weight must be at most 1000000, got inf"),
         (["--crop", "5"], "at least 6"),
         (["--device", "meta"], "try --device cpu"),
         (["--schedule", "linear"], "step, cosine"),
@@ -259,8 +225,12 @@ def error_of(capsys):
         (["--resume", "none.pt"], "no file at none.pt"),
         (["--init", "none.pth"], "no file at none.pth"),
         (["--stage1-epochs", "0", "--stage2-epochs", "0"], "both 0"),
-        (["--max-minutes", "-1"], "at least 0"),
+        (["--max-minutes", "-1"], "from 0 to"),
         (["--ema", "1"], "--ema must be less than 1"),
+        (["--epoch-batches", "9" * 40], "--epoch-batches must be at most 1000000"),
+        (["--epoch-batches", "1000000", "--batch-size", "4096"], "shorter epochs"),
+        (["--seed", str(2**32)], "--seed must be at most"),
+        (["--max-minutes", "nan"], "from 0 to"),
         (["--data", "."], "python dataprocessing.py --data . --out data/mine.h5"),
     ],
 )
@@ -299,22 +269,7 @@ def test_resume_with_other_patches_is_refused(patch_file, tmp_path, capsys):
         writer.add(np.full((6, 16, 16), 9.0), np.full((6, 16, 16), 8.0))
     capsys.readouterr()
     assert run(tmp_path / "other.h5", tmp_path / "run", "--resume", "auto") == 2
-    assert "patches_digest" in error_of(capsys)
-
-
-@pytest.mark.parametrize("where", ["before last.pt", "after last.pt"])
-def test_crash_between_two_files_neither_loses_nor_repeats_an_epoch(patch_file, tmp_path, monkeypatch, where):
-    def crash(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        if where == "before last.pt":
-            patched.setattr("utils.training.loop.save_file", crash)
-        else:
-            patched.setattr(CDDFuseSystem, "save", crash)
-        assert run(patch_file, tmp_path, epochs=(2, 0)) == 130
-    assert run(patch_file, tmp_path, "--resume", "auto", epochs=(2, 0)) == 0
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").open()] == [1, 2]
+    assert "patches_hash" in error_of(capsys)
 
 
 def test_full_disk_at_the_end_is_one_line_and_a_whole_checkpoint_is_kept(patch_file, tmp_path, monkeypatch, capsys):
@@ -346,13 +301,6 @@ def test_full_disk_in_the_middle_is_a_warning_and_training_goes_on(patch_file, t
     assert run(patch_file, tmp_path / "run", "--save-every-minutes", "0", epochs=(2, 0)) == 0
     assert "training goes on" in capsys.readouterr().err
     assert (tmp_path / "run/CDDFuse_IVF.pth").exists()
-
-
-def test_folder_that_cannot_be_written_is_found_before_the_first_epoch(patch_file, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(Run, "train_step", None)
-    assert run(patch_file, tmp_path / "file") == 2
-    assert "file" in error_of(capsys)
 
 
 @pytest.mark.parametrize("where", ["gradient", "weights"])
@@ -423,30 +371,6 @@ def test_resume_of_a_finished_run_does_nothing(patch_file, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "run").items())
 
 
-def test_every_system_has_the_verbs():
-    for name in SYSTEMS:
-        system = find_system(name)
-        for values in getattr(system, "recipes", {}).values():
-            known = {item.name for options in (train.Options, system.Options) for item in dataclasses.fields(options)}
-            assert values.keys() <= known
-        for verb in (
-            "fuse",
-            "stages",
-            "load_published",
-            "save",
-            "default_skip",
-            "label",
-            "skips",
-            "smallest_side",
-            "smallest_patch",
-            "weights",
-            "columns",
-            "row_label",
-            "Options",
-        ):
-            assert hasattr(system, verb), f"{name} has no {verb}"
-
-
 def test_recipe_sets_defaults_and_published_is_the_published_code():
     values = {}
     for recipe in ("ours", "published"):
@@ -459,12 +383,6 @@ def test_recipe_sets_defaults_and_published_is_the_published_code():
                  "precision": "float32", "crop": 0, "ema": 0.0, "lr_epochs": 20, "lr_factor": 0.5}  # fmt: skip
     assert published.items() <= values["published"].items()
     assert train.default_recipe(CDDFuseSystem) == "ours"
-
-
-def test_help_shows_the_defaults_of_the_recipe():
-    for recipe, shown in (("ours", "network (default: 0.001)"), ("published", "network (default: 0.0001)")):
-        help_text = " ".join(train.build_parser(CDDFuseSystem, recipe).format_help().split())
-        assert shown in help_text
 
 
 def test_average_of_weights_is_what_is_kept_and_the_run_goes_on_with_its_own(patch_file, tmp_path):
@@ -515,19 +433,6 @@ def test_decoder_image_is_an_option(patch_file, tmp_path, monkeypatch):
         run(patch_file, tmp_path / f"{task}_{image}", "--task", task, "--decoder-image", image,
             "--epoch-batches", "1", epochs=(0, 1))  # fmt: skip
     assert seen == ["vis", "none", "none"]
-
-
-def test_held_out_pairs_are_fused_with_the_decoder_image_of_the_training(tmp_path, monkeypatch):
-    seen = set()
-    fuse = CDDFuseSystem.fuse
-    watched = lambda self, vis, ir, skip: seen.add(skip) or fuse(self, vis, ir, skip)  # noqa: E731
-    monkeypatch.setattr(CDDFuseSystem, "fuse", watched)
-    with PatchWriter(tmp_path / "held.h5", 16) as writer:
-        images = np.random.default_rng(0).uniform(0, 255, (2, 6, 48, 48))
-        writer.add(*images[..., :16, :16])
-        writer.hold_out("one", *images[:, 0])
-    run(tmp_path / "held.h5", tmp_path / "run", "--decoder-image", "sum", "--epoch-batches", "1")
-    assert seen == {"sum"}
 
 
 def test_batch_too_small_for_a_system_is_found_before_training(patch_file, tmp_path, capsys):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import train
 from utils.common import ROOT
 from utils.data.patches import random_batches
 from utils.inference.checkpoint import read_file
-from utils.training import loop
+from utils.training import loop, run_state
 
 
 def run(patch_file, out, *options, epochs=(1, 1)):
@@ -40,7 +39,7 @@ def test_fallback_to_the_checkpoint_before_keeps_it_until_a_new_one_is_whole(pat
     whole = (out / "previous.pt").read_bytes()
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_file", fail_with(OSError(28, "No space left on device")))
+        patch.setattr(run_state, "save_file", fail_with(OSError(28, "No space left on device")))
         assert run(patch_file, out, "--resume", "auto", epochs=(1, 2)) == 2
     assert (out / "previous.pt").read_bytes() == whole and (out / "last.pt.damaged").stat().st_size == 1000
     assert run(patch_file, out, "--resume", "auto", epochs=(1, 2)) == 0
@@ -108,7 +107,7 @@ def test_signals_that_come_together_are_one(monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked() and stop.why == "SIGTERM"
+        assert stop.is_asked() and stop.why == "SIGTERM"
         monkeypatch.setattr(stop, "since", stop.since - 1.01 * stop.TOGETHER_S)
         os.kill(os.getpid(), signal.SIGTERM)  # clusters repeat themselves
         with pytest.raises(KeyboardInterrupt):
@@ -141,29 +140,6 @@ def test_stop_is_obeyed_between_two_looks(patch_file, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Run, "train_step", ask_in_step_two)
     assert run(patch_file, tmp_path / "run", "--epoch-batches", "6") == 75
     assert read_file(tmp_path / "run" / "last.pt")["step"] == 2
-
-
-def test_what_a_failed_step_held_is_free_when_a_batch_that_fits_is_looked_for(
-    patch_file, tmp_path, monkeypatch, capsys
-):
-    alive: list[weakref.ref] = []
-    held = []
-
-    def losses(self, given):
-        if not alive:
-            kept = torch.zeros(3)
-            alive.append(weakref.ref(kept))
-            raise torch.OutOfMemoryError(f"no memory for {len(kept)}")
-        raise AssertionError("called once")
-
-    def advise(self, stage, batch):
-        held.append(alive[0]())
-        return "advice"
-
-    monkeypatch.setattr(loop._PassLosses, "forward", losses)
-    monkeypatch.setattr(loop.Run, "advise_on_memory", advise)
-    assert run(patch_file, tmp_path / "run") == 2
-    assert "advice" in capsys.readouterr().err and held == [None]
 
 
 @pytest.mark.slow

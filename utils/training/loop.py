@@ -348,11 +348,13 @@ class PassLosses(nn.Module):
 class Stop:
     """Asks a training to end after the step it is in: Ctrl-C, SIGTERM, or a limit of time.
 
-    Signals after the first change nothing: a cluster tells every process, and so does torchrun.
+    A second Ctrl-C ends it at once. Signals that come together are one, and a cluster repeats SIGTERM.
     """
 
+    TOGETHER_S = 2.0
+
     def __init__(self, max_minutes: float = 0) -> None:
-        self.why = ""
+        self.why, self.since = "", 0.0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
 
     def __enter__(self) -> Stop:
@@ -368,8 +370,10 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: object) -> None:
+        if self.why and number == signal.SIGINT and time.monotonic() - self.since > self.TOGETHER_S:
+            raise KeyboardInterrupt
         if not self.why:
-            self.why = signal.Signals(number).name
+            self.why, self.since = signal.Signals(number).name, time.monotonic()
             log(f"{self.why}: stopping after this step, and saving", error=True)
 
     def is_asked(self) -> bool:

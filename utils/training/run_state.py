@@ -194,7 +194,7 @@ def resume(run: Run, *, force: bool = False) -> Path | None:
     for path in there:
         try:
             load_state(run, path, force=force)
-        except InputError as error:
+        except (InputError, OSError) as error:
             if path == there[-1] or isinstance(error, OtherOptions):
                 raise
             if is_first():
@@ -204,34 +204,6 @@ def resume(run: Run, *, force: bool = False) -> Path | None:
             os.replace(there[0], there[0].with_name(there[0].name + ".damaged"))
         return path
     return None
-
-
-def load_fitting(model: Any, path: Path) -> str:
-    """Takes those tensors of a file of weights that the model has under the same name and in the same shape.
-
-    Returns:
-        How many each network of the model got, for the user to read.
-
-    Raises:
-        FileNotFoundError, InputError: unreadable, or nothing fits.
-    """
-    names = getattr(model, "published_networks", {})
-    own, found = model.state_dict(), {}
-    for network, state in read_file(path).items():
-        # The file of a single network does not say which one it is of.
-        places = [names[network]] if network in names else [name for name, _ in model.named_children()]
-        for key, value in state.items() if isinstance(state, dict) else ():
-            for name in (f"{place}.{key.removeprefix('module.')}" for place in places):
-                if name in own and isinstance(value, Tensor) and value.shape == own[name].shape:
-                    found[name] = value
-    if not found:
-        raise InputError(f"nothing in {path} fits {model.label}; name another file with --init-partial")
-    model.load_state_dict(found, strict=False)
-    counts = []
-    for place, network in model.named_children():
-        keys = network.state_dict().keys()
-        counts.append(f"{place} {sum(f'{place}.{key}' in found for key in keys)} of {len(keys)}")
-    return ", ".join(counts)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
