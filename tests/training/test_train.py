@@ -12,7 +12,6 @@ import train
 from utils.data.patches import PatchDataset, PatchWriter
 from utils.inference import fusing
 from utils.inference.checkpoint import read_file, save_file
-from utils.training import loop
 from utils.training.loop import Run
 from utils.training.optimizers import OPTIMIZERS
 from zoo import Stage, find_system
@@ -75,46 +74,24 @@ def test_checkpoint_from_before_there_was_a_choice_is_adams(patch_file, tmp_path
     assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0
 
 
-def test_factor_is_of_the_rate_of_muon_alone(patch_file):
-    args = train.build_parser(CDDFuseSystem).parse_args(["--optimizer", "muon", "--muon-factor", "3"])
-    state = new_run(args, train.take_options(args, train.Options), CDDFuseSystem.Options(), patch_file)
-    state.set_learning_rates()
-    rates = {(group["name"], group.get("by")): group["lr"] for group in state.optimizer.param_groups}
-    assert rates["encoder", "muon"] == pytest.approx(3e-4) and rates["encoder", None] == pytest.approx(1e-4)
-    assert state.learning_rates()["encoder"] == pytest.approx(1e-4)
-
-
-def test_log_has_a_line_an_epoch_with_every_term(patch_file, tmp_path):
-    run(patch_file, tmp_path / "run")
-    first, second = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
-    assert (first["epoch"], first["stage"], second["epoch"], second["stage"]) == (1, "decomposition", 2, "fusion")
-    terms = {"cc_base", "cc_detail", "decomposition", "total"}
-    assert set(first["losses"]) == terms | {"reconstruction_vis", "reconstruction_ir", "gradient_vis"}
-    assert set(second["losses"]) == terms | {"fusion", "intensity", "gradient"}
-    assert first["step"] == 2 and first["patches_per_second"] > 0
-
-
-def test_output_to_a_file_has_a_line_of_progress_now_and_then(patch_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "SECONDS_BETWEEN_LINES", -1)
-    run(patch_file, tmp_path / "run")
-    assert "decomposition 1/1: 1 of 2 batches, total loss " in capsys.readouterr().out
-
-
-def test_stage_one_leaves_the_fusion_layers_alone_and_stage_two_does_not(patch_file, tmp_path):
-    for task, epochs in (("one", (1, 0)), ("two", (0, 1))):
-        run(patch_file, tmp_path / task, epochs=epochs)
-    torch.manual_seed(0)
-    start = CDDFuseSystem().base_fusion.attn.proj.weight
-    key = "BaseFuseLayer.module.attn.proj.weight"
-    torch.testing.assert_close(weights(tmp_path / "one")[key], start, rtol=0, atol=0)
-    assert not torch.equal(weights(tmp_path / "two")[key], start)
-
-
 def new_run(args, options, system_options, patch_file):
     model = CDDFuseSystem()
     facts = {"commit": "", "init": ""}
     stages = model.stages(system_options, args.task)
     return Run(model, stages, options, PatchDataset(patch_file), {}, facts, patch_file.parent / "run", "w.pth")
+
+
+def test_cosine_schedule_warms_up_and_ends_at_the_floor_and_a_factor_is_of_muon_alone(patch_file):
+    options = "--schedule cosine --warmup-steps 4 --learning-rate 1e-3 --epoch-batches 10 --optimizer muon"
+    options += " --muon-factor 3 --stage1-epochs 1 --stage2-epochs 1"
+    args = train.build_parser(CDDFuseSystem).parse_args(options.split())
+    state = new_run(args, train.take_options(args, train.Options), train.take_options(args, CDDFuseSystem.Options),
+                    patch_file)  # fmt: skip
+    for step, rate in ((0, 0.25e-3), (10, 0.5e-3), (20, 1e-6)):
+        state.step = step
+        state.set_learning_rates()
+        assert state.learning_rates() == pytest.approx(dict.fromkeys(state.networks, rate))
+        assert {g["lr"] for g in state.optimizer.param_groups if g.get("by")} == {pytest.approx(3 * rate)}
 
 
 def test_learning_rates_are_those_of_the_published_run(patch_file):
@@ -130,40 +107,12 @@ def test_learning_rates_are_those_of_the_published_run(patch_file):
             state.epochs_trained[name] += 1
     assert len(seen) == 120
     # Simulated from the published code: epochs 0, 19, 20, 39, 40, 59, ... of encoder and fusion layers.
-    encoder = {
-        0: 1e-4,
-        19: 1e-4,
-        20: 5e-5,
-        39: 5e-5,
-        40: 2.5e-5,
-        60: 1.25e-5,
-        80: 6.25e-6,
-        100: 3.125e-6,
-        119: 3.125e-6,
-    }
+    encoder = {0: 1e-4, 19: 1e-4, 20: 5e-5, 39: 5e-5, 40: 2.5e-5, 60: 1.25e-5, 80: 6.25e-6, 100: 3.125e-6}
     fusion = {40: 1e-4, 59: 1e-4, 60: 5e-5, 80: 2.5e-5, 100: 1.25e-5, 119: 1.25e-5}
     for epoch, rate in encoder.items():
         assert seen[epoch]["encoder"] == seen[epoch]["decoder"] == pytest.approx(rate)
     for epoch, rate in fusion.items():
         assert seen[epoch]["base_fusion"] == seen[epoch]["detail_fusion"] == pytest.approx(rate)
-
-
-def test_cosine_schedule_warms_up_and_ends_at_the_floor(patch_file):
-    args = train.build_parser(CDDFuseSystem).parse_args(
-        "--schedule cosine --warmup-steps 4 --learning-rate 1e-3 --epoch-batches 10".split()
-        + "--stage1-epochs 1 --stage2-epochs 1".split()
-    )
-    options, system_options = train.take_options(args, train.Options), train.take_options(args, CDDFuseSystem.Options)
-    state = new_run(args, options, system_options, patch_file)
-
-    def rate(step):
-        state.step = step
-        state.set_learning_rates()
-        return state.optimizer.param_groups[0]["lr"]
-
-    assert rate(0) == pytest.approx(0.25e-3)
-    assert rate(10) == pytest.approx(0.5e-3)
-    assert rate(20) == pytest.approx(1e-6)
 
 
 def test_each_network_is_clipped_alone(patch_file, tmp_path, monkeypatch):
@@ -333,42 +282,12 @@ def test_non_finite_gradients_and_weights_are_never_saved(patch_file, tmp_path, 
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
 
 
-def test_stage_trains_nothing_but_its_networks(patch_file, tmp_path, monkeypatch):
-    stages = CDDFuseSystem.stages
-
-    def fusion_layers_alone(self, options, task):
-        first, second = stages(self, options, task)
-        networks = {name: second.networks[name] for name in ("base_fusion", "detail_fusion")}
-        return [first, Stage("fusion layers", second.epochs, networks, second.losses)]
-
-    run(patch_file, tmp_path / "one", epochs=(1, 0))
-    monkeypatch.setattr(CDDFuseSystem, "stages", fusion_layers_alone)
-    run(patch_file, tmp_path / "two", epochs=(1, 1))
-    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
-    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(after[key], value)}
-    assert changed == {"BaseFuseLayer", "DetailFuseLayer"}
-
-
 def test_medical_training_never_falls_back_to_the_infrared_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--task", "mif"]) == 2
     assert "--data" in error_of(capsys)
     assert train.main([]) == 2
     assert "MSRS_train_imgsize_128_stride_200.h5" in error_of(capsys)
-
-
-def test_rate_below_the_floor_is_taken_as_given(patch_file):
-    args = train.build_parser(CDDFuseSystem).parse_args(["--learning-rate", "1e-7", "--warmup-steps", "10"])
-    state = new_run(args, train.take_options(args, train.Options), CDDFuseSystem.Options(), patch_file)
-    state.set_learning_rates()
-    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(1e-8)
-
-
-def test_resume_of_a_finished_run_does_nothing(patch_file, tmp_path):
-    run(patch_file, tmp_path / "run")
-    before = weights(tmp_path / "run")
-    assert run(patch_file, tmp_path / "run", "--resume", "auto") == 0
-    assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "run").items())
 
 
 def test_recipe_sets_defaults_and_published_is_the_published_code():
@@ -414,14 +333,6 @@ def steps_of_run(patch_file, out, options, key):
         patched.setattr(Run, "train_step", watched)
         run(patch_file, out, *options, epochs=(1, 0))
     return values
-
-
-def test_gradient_loss_of_stage_one_may_be_on_both_reconstructions(patch_file, tmp_path):
-    run(patch_file, tmp_path / "run", "--gradient-images", "both", epochs=(1, 0))
-    losses = json.loads((tmp_path / "run/log.jsonl").read_text())["losses"]
-    parts = losses["reconstruction_vis"] + losses["reconstruction_ir"] + 2 * losses["decomposition"]
-    parts += 5 * (losses["gradient_vis"] + losses["gradient_ir"])
-    assert losses["total"] == pytest.approx(parts)
 
 
 def test_decoder_image_is_an_option(patch_file, tmp_path, monkeypatch):
