@@ -7,8 +7,8 @@
     torchrun --nproc-per-node=4 train.py              # on four GPUs; --batch-size stays that of all together
 
 Writes to --out (default runs/<system>_<task>): the weights in the published format, the best of them on the
-held-out pairs of the patch file, last.pt and previous.pt to resume from, log.jsonl with one line an epoch,
-panels of fused held-out pairs, and curves for TensorBoard where it is installed.
+validation pairs of the patch file, last.pt and previous.pt to resume from, log.jsonl with one line an epoch,
+panels of fused validation pairs, and curves for TensorBoard where it is installed.
 
 Exit code 0: trained to the end; 75: stopped before it by Ctrl-C, SIGTERM or --max-minutes, and saved (go on with
 --resume auto); 2: bad input.
@@ -19,100 +19,51 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.common import InputError, check_writable, git_commit, lock_run_dir, run_script
+from utils.common import InputError, check_writable, git_commit, listed, lock_run_dir, run_script
 from utils.data.images import write_image
 from utils.data.patches import PatchDataset
-from utils.inference.fusing import PRECISIONS, find_weights, keep_freed_memory, pick_device, pick_precision
+from utils.inference.checkpoint import load_fitting
+from utils.inference.fusing import find_weights, keep_freed_memory, pick_device, pick_precision
+from utils.metrics import SMALLEST_SCORED
+from utils.training import run_state
 from utils.training.distributed import any_rank, from_first, is_first, process_group, ranks
-from utils.training.loop import Run, Stop, say, stop_now
-from utils.training.monitor import Curves, draw_panel, validate
-from utils.training.optimizers import OPTIMIZERS
-from zoo import SYSTEMS, TASKS, check_options, find_system, option
+from utils.training.loop import Run, Stop
+from utils.training.monitor import add_scalars, draw_panel, log, open_curves, validate
+from utils.training.options import LARGEST, Options, add_options, take_options
+from zoo import SYSTEMS, TASKS, find_system
 
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")
 PUBLISHED = "published"  # the recipe that every default is of
+MOST_DRAWN = 10**8  # patches an epoch: their order, crops and flips are drawn before it begins
 EXIT_UNFINISHED = 75  # what sendmail and its kin say for "not done, try again"
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the training loop; the defaults are those of the published code of CDDFuse."""
-
-    batch_size: int = option(8, "patches a step", above=0)
-    optimizer: str = option("adam", "muon: orthogonalised steps for matrices and kernels, Adam for the rest",
-                            choices=OPTIMIZERS)  # fmt: skip
-    learning_rate: float = option(1e-4, "of the optimiser, for each network", above=0)
-    muon_factor: float = option(1.0, "times the rate, for the steps that Muon takes", above=0)
-    schedule: str = option("step", "step: times --lr-factor every --lr-epochs; cosine: down to --min-lr over the run",
-                           choices=("step", "cosine"))  # fmt: skip
-    lr_epochs: int = option(20, "epochs of training of a network between two steps of its rate", above=0)
-    lr_factor: float = option(0.5, "factor of a step of the rate", above=0)
-    min_lr: float = option(1e-6, "the schedule goes no lower", low=0)
-    warmup_steps: int = option(0, "steps over which the rate rises to its value, before either schedule", low=0)
-    clip_norm: float = option(0.01, "largest gradient norm of each network; 0: no limit", low=0)
-    weight_decay: float = option(0.0, "of Adam, added to the gradient", low=0)
-    decoupled_weight_decay: bool = option(
-        False, "take the decay off the weights instead, as AdamW does, and Muon always"
-    )
-    crop: int = option(0, "side of a random crop of each patch; 0: the whole patch", low=0)
-    flips: bool = option(False, "flip and quarter-turn patches at random")
-    epoch_batches: int = option(0, "steps an epoch; 0: one pass over the patches", low=0)
-    ema: float = option(0.0, "decay a step of the running average of the weights, which is what is kept; 0: none",
-                        low=0, below=1)  # fmt: skip
-    drop_last: bool = option(False, "leave out a last batch that is smaller than the others")
-    precision: str = option("float32", "bfloat16: autocast, with the losses in float32; auto: where the device has "
-                            "instructions for it, else float32", choices=("auto", *PRECISIONS))  # fmt: skip
-    seed: int = option(0, "of the first weights and of the order, crops and flips of the patches", low=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> None:
-    """Adds one command-line option for each field of an options dataclass, with its default."""
-    group = parser.add_argument_group(title)
-    for item in dataclasses.fields(options):
-        kind = {"int": int, "float": float, "str": str}.get(item.type)
-        # Choices are shown here and checked by the dataclass, which code that makes one by hand goes through too.
-        shown = "|".join(item.metadata["choices"]) or item.type.upper()
-        how = {"type": kind, "metavar": shown} if kind else {"action": argparse.BooleanOptionalAction}
-        # Filled in when help is shown: a recipe changes defaults after the options were added.
-        text = f"{item.metadata['help']} (default: %(default)s)"
-        group.add_argument(f"--{item.name.replace('_', '-')}", default=item.default, help=text, **how)
-
-
-def take_options(args: argparse.Namespace, options: type) -> Any:
-    return options(**{item.name: getattr(args, item.name) for item in dataclasses.fields(options)})
-
-
 def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="train.py [options], see --help",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
+    tasks = "; ".join(f"{name}: {text}" for name, text in TASKS.items())
     add("--system", default="cddfuse", choices=SYSTEMS, help="what to train (default: cddfuse)")
-    add(
-        "--task",
-        default="ivf",
-        choices=TASKS,
-        help="; ".join(f"{k}: {v}" for k, v in TASKS.items()) + " (default: ivf)",
-    )
-    add(
-        "--recipe",
-        choices=recipe_names(system),
-        default=recipe,
-        help=f"where the defaults of all options below come from (default: {default_recipe(system)})",
-    )
+    add("--task", default="ivf", choices=TASKS, help=f"{tasks} (default: ivf)")
+    add("--recipe", choices=recipe_names(system), default=recipe,
+        help=f"where the defaults of all options below come from (default: {default_recipe(system)})")  # fmt: skip
     add("--data", type=Path, help=f"patch file (default, for ivf alone: {DATA})")
     add("--out", type=Path, help="folder of the run (default: runs/<system>_<task>)")
-    add("--init", type=Path, help="weights to start from, in the published format, instead of random ones")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init", type=Path, help="weights to start from, in the published format, not random ones")
+    start.add_argument("--init-partial", type=Path, metavar="INIT", help="the same, of what fits; it is said what does")
     add("--resume", metavar="auto|PATH", help="auto: go on from last.pt in --out if there is one; PATH: from that file")
     add("--force", action="store_true", help="resume although options changed")
     add("--max-minutes", type=float, default=0, metavar="M", help="stop, save and exit with code 75 after so long")
@@ -148,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, system: type) -> int:
     started = time.monotonic()
+    if args.recipe != PUBLISHED and system.published_recipe and int(os.environ.get("RANK", 0)) == 0:
+        log(f"recipe {args.recipe}; the published one: --recipe {PUBLISHED}")
     device = pick_device(args.device)
     keep_freed_memory()
     with process_group(device), contextlib.ExitStack() as held:
@@ -155,22 +108,20 @@ def train(args: argparse.Namespace, system: type) -> int:
         if run.epoch < run.epochs:
             with Stop(args.max_minutes - (time.monotonic() - started) / 60 if args.max_minutes else 0) as stop:
                 train_on(run, stop, args)
-            if run.epoch < run.epochs:
-                if is_first():
-                    say(
-                        f"stopped by {stop.why or 'another process'} after {run.epoch} of {run.epochs} epochs and "
-                        f"{run.batch} batches; go on with the same command and --resume auto",
-                        error=True,
-                    )
-                return EXIT_UNFINISHED
-        elif is_first() and not (run.weights.exists() and (run.out / "log.jsonl").exists()):
-            run.write_results()  # a finished run whose weights were moved away, or that died while it wrote them
-        if is_first():
-            say(
+        elif is_first():
+            run_state.save_results(run)  # it may have died before they were written, or they were moved away
+        if is_first() and run.epoch < run.epochs:
+            log(
+                f"stopped by {stop.why or 'another process'} after {run.epoch} of {run.epochs} epochs and {run.batch} "
+                "batches; go on with the same command and --resume auto",
+                error=True,
+            )
+        elif is_first():
+            log(
                 f"{run.weights}: {run.epochs} epochs done; score it with "
                 f"`python test_{args.task.upper()}.py --system {args.system} --weights {run.weights}`"
             )
-    return 0
+    return EXIT_UNFINISHED if run.epoch < run.epochs else 0
 
 
 def prepare(args: argparse.Namespace, system: type, device: torch.device, held: contextlib.ExitStack) -> Run:
@@ -180,16 +131,17 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     """
     options, system_options = take_options(args, Options), take_options(args, system.Options)
     options = dataclasses.replace(options, precision=pick_precision(options.precision, device))
-    if min(args.max_minutes, args.save_every_minutes, args.validate_every) < 0:
-        raise InputError("--max-minutes, --save-every-minutes and --validate-every must be at least 0")
+    if not all(0 <= value <= LARGEST for value in (args.max_minutes, args.save_every_minutes, args.validate_every)):
+        raise InputError(f"--max-minutes, --save-every-minutes and --validate-every must be from 0 to {LARGEST}")
     if args.data is None and args.task != "ivf":
         raise InputError(f"--task {args.task} needs a --data file; make one with `python dataprocessing.py`")
-    args.data = args.data or DATA
-    dataset = PatchDataset(args.data, colour=system.takes_colour)
-    check_batches(options, system, dataset, args.data)
+    data = args.data or DATA
+    dataset = PatchDataset(data, colour=system.takes_colour)
+    check_patches(options, system, dataset, data)
     settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
-    settings |= {"patches": len(dataset), "patches_digest": dataset.digest}
-    facts = {"data": args.data.name, "init": str(args.init or ""), "commit": git_commit(), "recipe": args.recipe}
+    settings |= {"patches": len(dataset), "patches_hash": dataset.digest}
+    facts = {"data": data.name, "init": str(args.init or args.init_partial or ""), "commit": git_commit(),
+             "recipe": args.recipe}  # fmt: skip
 
     torch.manual_seed(options.seed)
     model = system().to(device)
@@ -202,31 +154,30 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     # Before a checkpoint is read that another process may yet replace.
     from_first(lambda: held.enter_context(lock_run_dir(out)))
     resumed = resume(run, args)
-    if not resumed and args.init:
-        model.load_published(find_weights(system, args.task, args.init)[-1])
-        run.restart_average()
-    if (not resumed or resumed.parent != out) and from_first(lambda: any(path.exists() for path in run.files())):
+    if not resumed and (args.init or args.init_partial):
+        start_from(run, args)
+    if (not resumed or resumed.parent != out) and from_first(lambda: any(p.exists() for p in run_state.files_of(run))):
         raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
     check_writable(out)
     dataset.move_to(device)
     if is_first():
         if resumed:
-            say(f"resumed from {resumed}: {run.epoch} of {run.epochs} epochs and {run.batch} batches done")
+            log(f"resumed from {resumed}: {run.epoch} of {run.epochs} epochs and {run.batch} batches done")
         processes = f" in {ranks()} processes" if ranks() > 1 else ""
-        say(
+        log(
             f"{system.label}, {args.task}, recipe {args.recipe}: {len(dataset)} patches and {len(dataset.held_out)} "
-            f"held-out pairs of {args.data}, {run.epochs} epochs of {run.epoch_batches} steps, {device}{processes}, "
+            f"validation pairs of {data}, {run.epochs} epochs of {run.epoch_batches} steps, {device}{processes}, "
             f"to {out}"
         )
-        say(", ".join(f"{name}={value}" for name, value in run.settings.items()))
+        log(", ".join(f"{name}={value}" for name, value in run.settings.items()))
     return run
 
 
-def check_batches(options: Options, system: type, dataset: PatchDataset, data: Path) -> None:
+def check_patches(options: Options, system: type, dataset: PatchDataset, data: Path) -> None:
     """
     Raises:
-        InputError: crops or patches, or what is in a batch, are too small for the system; or a batch cannot be
-            shared equally.
+        InputError: crops, patches or validation pairs, or what is in a batch, are too small for the system; or a batch
+            cannot be shared equally.
     """
     side = options.crop or dataset.size
     if not system.smallest_patch <= side <= dataset.size:
@@ -234,12 +185,21 @@ def check_batches(options: Options, system: type, dataset: PatchDataset, data: P
             f"{'--crop' if options.crop else 'patches'} of {side} pixels: {system.label} trains on at least "
             f"{system.smallest_patch}, and the patches of {data} have {dataset.size}"
         )
-    smallest = getattr(system, "smallest_batch", 1) * ranks()
+    least = max(system.smallest_patch, system.smallest_side, SMALLEST_SCORED)
+    small = [pair.name for pair in dataset.held_out if min(pair.ir.shape) < least]
+    if small:
+        raise InputError(
+            f"{data} holds validation pairs with a side under {least} pixels ({listed(small)}); make it again with "
+            "`python dataprocessing.py --holdout-size 128`"
+        )
+    smallest = system.smallest_batch * ranks()
     if options.batch_size % ranks() or options.batch_size < smallest:
         raise InputError(
             f"--batch-size {options.batch_size} must be a multiple of the {ranks()} processes and at least {smallest} "
             f"for {system.label}"
         )
+    if options.batch_size * options.epoch_batches > MOST_DRAWN:
+        raise InputError(f"--batch-size times --epoch-batches must be at most {MOST_DRAWN}: make shorter epochs")
     smallest = options.batch_size if options.drop_last else smallest
     if not options.epoch_batches and len(dataset) < smallest:
         raise InputError(
@@ -250,34 +210,44 @@ def check_batches(options: Options, system: type, dataset: PatchDataset, data: P
 
 def resume(run: Run, args: argparse.Namespace) -> Path | None:
     """Takes up the run that --resume names, and returns its file; None for a fresh run."""
-    if args.resume is None:
-        return None
-    if args.resume == "auto":
-        return run.resume(force=args.force)
-    run.load(Path(args.resume), force=args.force)
+    if args.resume in (None, "auto"):
+        return run_state.resume(run, force=args.force) if args.resume else None
+    run_state.load_state(run, Path(args.resume), force=args.force)
     return Path(args.resume)
+
+
+def start_from(run: Run, args: argparse.Namespace) -> None:
+    """Loads the weights that --init or --init-partial names."""
+    path = find_weights(type(run.model), args.task, args.init or args.init_partial)[-1]
+    if args.init:
+        run.model.load_published(path)
+    else:
+        taken = load_fitting(path, run.model)
+        if is_first():
+            log(taken)
+    run.restart_average()
 
 
 def train_on(run: Run, stop: Stop, args: argparse.Namespace) -> None:
     """Trains to the end, or to where it is asked to stop, and saves."""
-    curves = Curves(run.out / "tensorboard", run.step) if is_first() else None
+    curves = open_curves(run.out / "tensorboard", run.step) if is_first() else None
     saved = time.monotonic()
     if ranks() == 1:  # several have to agree on the step after which they look
-        run.hurry = stop.asked
+        run.is_asked_to_stop = stop.is_asked
     with curves or contextlib.nullcontext():
         while run.epoch < run.epochs:
             for seen in run.train_epoch():
                 if curves:
-                    curves.scalars(seen.pop("step"), seen)
-                if stop_now(stop, run.device):
-                    run.save()
+                    add_scalars(curves, seen.pop("step"), seen)
+                if stop.is_asked_anywhere(run.device):
+                    run_state.save_state(run)
                     return
                 if run.batch < run.epoch_batches and time.monotonic() - saved > 60 * args.save_every_minutes:
                     save_or_go_on(run)
                     saved = time.monotonic()
             finish_epoch(run, args, curves)
             if run.epoch == run.epochs:
-                run.save()
+                run_state.save_state(run)
             elif time.monotonic() - saved > 60 * args.save_every_minutes:
                 save_or_go_on(run)
                 saved = time.monotonic()
@@ -286,12 +256,12 @@ def train_on(run: Run, stop: Stop, args: argparse.Namespace) -> None:
 def save_or_go_on(run: Run) -> None:
     """A checkpoint that cannot be written is a reason to warn, not to throw hours of work away."""
     try:
-        run.save()
+        run_state.save_state(run)
     except OSError as error:
-        say(f"warning: {error}; training goes on, and the next checkpoint is tried in time", error=True)
+        log(f"warning: {error}; training goes on, and the next checkpoint is tried in time", error=True)
 
 
-def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> None:
+def finish_epoch(run: Run, args: argparse.Namespace, curves: Any) -> None:
     """Validation where it is due, and what there is to see of the epoch."""
     line = run.log[-1]
     stage, epoch_in_stage = run.stage_of(run.epoch - 1)
@@ -305,20 +275,20 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Curves | None) -> N
             panel = draw_panel(run.model, args.task, pairs, skip=stage.skip)
         looked_at = {"losses": losses, "metrics": metrics}
         line["validation"] = {"pairs": run.dataset.held_out_digest} | looked_at
-        text += f"; held-out total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+        text += f"; validation total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
         try:
             if stage is run.stage_of(run.epochs - 1)[0]:
-                run.save_best(losses["total"])
+                run_state.save_best(run, losses["total"])
             write_image(run.out / "panels" / f"epoch_{run.epoch:04d}.png", panel)
         except OSError as error:
-            say(f"warning: {error}; training goes on", error=True)
+            log(f"warning: {error}; training goes on", error=True)
         if curves:
-            curves.scalars(run.step, {"validation": looked_at})
-            curves.image(run.step, "panel", panel)
+            add_scalars(curves, run.step, {"validation": looked_at})
+            curves.add_image("panel", panel, run.step, dataformats="HW" if panel.ndim == 2 else "HWC")
     if pairs and due:
         any_rank(False, run.device)  # the others wait until the first has validated
     if is_first():
-        say(text)
+        log(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which recipe of train.py makes the better weights in the same time: each trains from scratch, on the same patches.
 
-    python -m benchmarks.recipes --data data/MSRS.h5 --minutes 20       # a patch file with held-out pairs (--holdout)
+    python -m benchmarks.recipes --data data/MSRS.h5 --minutes 20       # a patch file with validation pairs (--holdout)
     python -m benchmarks.recipes --data data/MSRS.h5 --recipes ours "ours --seed 1" "ours --batch-size 16" --json r.json
 
 A recipe may be followed by options of train.py. The same recipe with another seed shows how much of a difference is
@@ -9,8 +9,8 @@ chance.
 Every recipe keeps its stages, schedules and the proportion of its epochs, and gets as many steps as fit into the
 minutes: the steps of an epoch are scaled, by the time of a few steps measured first. `--steps 300` gives each that many
 instead (the nearest multiple of its epochs), for options that have nothing to do with speed. What is compared is what
-train.py says of the held-out pairs after the last epoch: losses of the last stage and the metrics of the table. A short
-run says which recipe learns faster, not where either would end.
+train.py says of the validation pairs after the last epoch: losses of the last stage and the metrics of the table. A
+short run says which recipe learns faster, not where either would end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROBE_STEPS = 4  # a stage, after as many that warm up
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="patch file with held-out pairs")
+    add("--data", type=Path, required=True, help="patch file with validation pairs")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
     budget.add_argument("--steps", type=int, help="for each recipe, instead of minutes")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     if not PatchDataset(args.data).held_out:
-        raise InputError(f"{args.data} has no held-out pairs; make it with `python dataprocessing.py --holdout 20`")
+        raise InputError(f"{args.data} has no validation pairs; make it with `python dataprocessing.py --holdout 20`")
     folder = args.out or Path(tempfile.mkdtemp(prefix="recipes_"))
     commit = git_commit()  # now: the checkout may change during the runs
     try:
@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace) -> int:
     about = {"data": args.data.name, "system": args.system, "task": args.task, **budget, "device": args.device,
              "machine": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version(),
              "torch": str(torch.__version__), "commit": commit}  # fmt: skip
-    print("| recipe | steps | patches | minutes | held-out total | " + " | ".join(PAPER_TABLE) + " |")
+    print("| recipe | steps | patches | minutes | validation total | " + " | ".join(PAPER_TABLE) + " |")
     print("|" + "---|" * (5 + len(PAPER_TABLE)))
     for name, row in rows.items():
         metrics = " | ".join(f"{row['metrics'][name]:.3f}" for name in PAPER_TABLE)

@@ -29,7 +29,7 @@ from tests import reference_net
 from utils.common import InputError, git_commit, run_script
 from utils.data.patches import Batch, PatchDataset
 from utils.inference.fusing import keep_freed_memory, pick_device
-from utils.training.loop import Run, _PassLosses
+from utils.training.loop import PassLosses, Run
 from zoo.cddfuse import CDDFuseSystem
 
 WAYS = ("published float32", "ours float32", "ours bfloat16")
@@ -118,7 +118,7 @@ def make_step(way: str, phase: int, args: argparse.Namespace) -> Callable[[], No
 
         return published_step
     run = ours(precision, phase, args)
-    losses: torch.nn.Module = _PassLosses(run.stage.updates[0])
+    losses: torch.nn.Module = PassLosses(run.stage.updates[0])
     if args.compile:
         losses = torch.compile(losses)
 

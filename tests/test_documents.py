@@ -47,8 +47,9 @@ def test_options_of_each_command_are_accepted(command, monkeypatch):
         importlib.import_module(module).main(arguments)
 
 
-# The Chinese page has the snippets of the English one; tests/tools/test_export.py runs that of deployment.md.
-OTHERS = ("README.zh-CN.md", "deployment.md")
+# The Chinese page has the snippets of the English one; tests/tools/test_export.py runs that of deployment.md, and
+# tests/training/test_extending.py those of extending.md.
+OTHERS = ("README.zh-CN.md", "deployment.md", "extending.md")
 SNIPPETS = {block: page.name for page in PAGES if page.name not in OTHERS for block in blocks(page, "python")}
 
 

@@ -4,7 +4,7 @@
     python -m tools.plot_training runs/first runs/second --out c.png   # the second went on from the first's weights
 
 Several runs are drawn one after the other on one axis of hours, which are those spent in training steps. What the last
-hours brought is counted over the same held-out pairs alone; a log from before train.py wrote which they were is taken
+hours brought is counted over the same validation pairs alone; a log from before train.py wrote which they were is taken
 to have the same.
 """
 
@@ -44,14 +44,14 @@ class Epoch:
         return self.line["losses"]["total"]
 
     @property
-    def held_out(self) -> dict[str, float] | None:
-        """The total loss ("loss") and the metrics of the held-out pairs; None where they were not looked at."""
+    def validation(self) -> dict[str, float] | None:
+        """The total loss ("loss") and the metrics of the validation pairs; None where they were not looked at."""
         found = self.line.get("validation")
         return found and {"loss": found["losses"]["total"]} | {name: found["metrics"][name] for name in PAPER_TABLE}
 
     @property
     def pairs(self) -> str | None:
-        """Digest of the held-out pairs; None where they were not looked at, or the log does not say which they were."""
+        """Hash of the validation pairs; None where they were not looked at, or the log does not say which they were."""
         return self.line.get("validation", {}).get("pairs")
 
 
@@ -69,7 +69,7 @@ def show(args: argparse.Namespace) -> int:
     logs = [run / LOG if run.is_dir() else run for run in args.runs]
     epochs = read(logs)
     print("\n".join(table_of_runs(epochs)))
-    validations = [epoch for epoch in epochs if epoch.held_out]
+    validations = [epoch for epoch in epochs if epoch.validation]
     if validations:
         print("\n" + "\n".join(table_of_validations(validations)))
     alike = [epoch for epoch in validations if validations[-1].pairs in (None, epoch.pairs) or epoch.pairs is None]
@@ -77,7 +77,7 @@ def show(args: argparse.Namespace) -> int:
         print("\n" + what_came(alike, args.last_hours))
     else:
         print(
-            "\nfewer than two looks at the same held-out pairs; "
+            "\nfewer than two looks at the same validation pairs; "
             "see --holdout of dataprocessing.py, --validate-every of train.py"
         )
     out = args.out or logs[-1].with_name("curves.png")
@@ -103,7 +103,7 @@ def read(logs: Sequence[Path]) -> list[Epoch]:
                 line = json.loads(text)
                 seconds += line["seconds"]
                 epoch = Epoch(name, seconds / 3600, line)
-                _ = epoch.stage, line["step"], epoch.loss + 0.0, epoch.held_out
+                _ = epoch.stage, line["step"], epoch.loss + 0.0, epoch.validation
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{log}, line {number}: not a line of a training's log") from None
             epochs.append(epoch)
@@ -134,26 +134,26 @@ def table_of_validations(validations: Sequence[Epoch]) -> list[str]:
         "|" + "---|" * (4 + len(PAPER_TABLE)),
     ]
     for epoch in validations:
-        loss, *metrics = epoch.held_out.values()
+        loss, *metrics = epoch.validation.values()
         shown = " | ".join(f"{value:.3f}" for value in metrics)
         lines.append(f"| {epoch.run} | {epoch.line['step']} | {epoch.hours:.2f} | {loss:.4f} | {shown} |")
     return lines
 
 
 def what_came(validations: Sequence[Epoch], hours: float) -> str:
-    """The change of each number of the held-out pairs over the last hours, in percent.
+    """The change of each number of the validation pairs over the last hours, in percent.
 
     It is counted from the last look that lies as far back, or from the first of all.
     """
     last = validations[-1]
     as_far_back = [epoch for epoch in validations if epoch.hours <= last.hours - hours]
     first = as_far_back[-1] if as_far_back else validations[0]
-    changes = {name: _percent(first.held_out[name], value) for name, value in last.held_out.items()}
+    changes = {name: _percent(first.validation[name], value) for name, value in last.validation.items()}
     loss = changes.pop("loss")
     mean = fmean(changes.values())  # higher is better in all of the table
     each = ", ".join(f"{name} {change:+.2f} %" for name, change in changes.items())
     return (
-        f"held-out pairs in the last {last.hours - first.hours:.2f} hours: total loss {loss:+.2f} %; {each}; "
+        f"validation pairs in the last {last.hours - first.hours:.2f} hours: total loss {loss:+.2f} %; {each}; "
         f"mean gain of the metrics {mean:+.2f} %"
     )
 
@@ -163,9 +163,9 @@ def _percent(before: float, after: float) -> float:
 
 
 def draw(epochs: Sequence[Epoch]) -> Any:
-    """The loss of each stage and of the held-out pairs, and a picture a metric, over the hours of training."""
+    """The loss of each stage and of the validation pairs, and a picture a metric, over the hours of training."""
     figure = new_figure(14, 5)
-    losses, held_out = figure.add_subplot(2, 5, 1), figure.add_subplot(2, 5, 6)
+    losses, validation_axes = figure.add_subplot(2, 5, 1), figure.add_subplot(2, 5, 6)
     others = [figure.add_subplot(2, 5, place) for place in (2, 3, 4, 5, 7, 8, 9, 10)]
     runs = list(dict.fromkeys(epoch.run for epoch in epochs))
     colours = {run: f"C{number % 10}" for number, run in enumerate(runs)}
@@ -174,17 +174,17 @@ def draw(epochs: Sequence[Epoch]) -> Any:
     for run, stage, part in by_stage(epochs):
         hours = [epoch.hours for epoch in part]
         losses.plot(hours, [epoch.loss for epoch in part], styles[stage], color=colours[run], label=f"{run}, {stage}")
-        looks = [epoch for epoch in part if epoch.held_out]
+        looks = [epoch for epoch in part if epoch.validation]
         hours = [epoch.hours for epoch in looks]
-        for axes, name in zip([held_out, *others], ["loss", *PAPER_TABLE], strict=True):
+        for axes, name in zip([validation_axes, *others], ["loss", *PAPER_TABLE], strict=True):
             if looks:
-                axes.plot(hours, [e.held_out[name] for e in looks], styles[stage], marker=".", color=colours[run])
+                axes.plot(hours, [e.validation[name] for e in looks], styles[stage], marker=".", color=colours[run])
     losses.set_yscale("log")
     losses.set_title("total loss, training patches", fontsize=9)
-    held_out.set_title("total loss, held-out pairs", fontsize=9)
+    validation_axes.set_title("total loss, validation pairs", fontsize=9)
     for axes, name in zip(others, PAPER_TABLE, strict=True):
-        axes.set_title(f"{title_of(name)}, held-out pairs", fontsize=9)
-    for axes in [losses, held_out, *others]:
+        axes.set_title(f"{title_of(name)}, validation pairs", fontsize=9)
+    for axes in [losses, validation_axes, *others]:
         axes.set_xlim(0, epochs[-1].hours * 1.02)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)

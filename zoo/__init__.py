@@ -1,45 +1,14 @@
 """The fusion systems, behind one set of verbs, so that no script asks which system it runs.
 
-A system is a class that is an `nn.Module` and has
-
-- `label`: its name in tables; `skips`: what its decoder may be given; `smallest_side` of an image and
-  `smallest_patch` of a training patch, in pixels;
-- `weights`: task -> file names in models/ that a test script runs by default, none if none are bundled; `columns` of
-  its published table; `row_label(task, stem)`: how the row of a weight file is called in it; `stretched`: whether its
-  published test stretches each fused image to the full range;
-- `Options`: a frozen dataclass of its own training options (fields made by `option`), which become command-line
-  options of train.py;
-- `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused (B, 1, H, W) in [0, 1], or in a
-  range that its docstring names, to be stretched or clipped to that; a system that fuses colour takes visible images
-  (B, 3, H, W) too, and then gives such;
-- `default_skip(trained_for, fusing)`: the skip to use, from the tasks ("ivf" or "mif") of the weights and of
-  the images;
-- `stages(options, task)`: the training, as a list of `Stage`;
-- `load_published(path)` and `save(path, about, half)`: its checkpoint files.
-
-What most of them do alike is in `System`. It may also have
-
-- `published`: task -> names of the published files in published/models/, as for `weights`;
-- `recipes`: name -> values of training options that differ from their defaults, which are those of CDDFuse's
-  published code; the first one is the default, "published" where there is none;
-- `published_recipe`: whether "published" is among its recipes even where `recipes` does not name it;
-- `other_weights`: names of files in models/ beside `weights`;
-- `skip_name`: what `skips` are called in a table's footer;
-- `takes_colour`: whether `fuse` and the training are given visible images in colour where there is some, (B, 3, H, W);
-- `features(vis, ir)`: name -> feature maps (1, C, H, W) worth looking at;
-- `smallest_batch`: where batch norm asks for it, the fewest patches that one process may train on. train.py refuses
-  a smaller batch size, and leaves out a last batch that is smaller.
-
-Parameters that it creates with `requires_grad` off stay untrained.
-
-A new system is a file in this folder and a line in `SYSTEMS`.
+A system is an `nn.Module` and a `System` with a `label`, `fuse(vis, ir, skip)` and, to be trained here,
+`stages(options, task)`; whatever else `System` names has a default there. A new system is a file in this folder and a
+line in `SYSTEMS`; docs/extending.md shows one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +19,12 @@ from torch import Tensor, nn
 from utils.common import InputError, in_checkout
 from utils.data.patches import Batch
 from utils.inference.checkpoint import load_checkpoint, save_checkpoint
+from utils.metrics import PAPER_TABLE
+from utils.training.options import check_options, option
 
 __all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "System", "check_options", "find_system", "option"]
+
+Terms = dict[str, Tensor]  # of a loss, by name; "total" is minimised
 
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
@@ -62,43 +35,6 @@ SYSTEMS = {
     "mlfuse": ("zoo.mlfuse", "MLFuseSystem"),
     "tsdm": ("zoo.tsdm", "TSDMFusion"),
 }
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    above: float | None = None,
-    low: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field of an options dataclass: default, explanation, and what is allowed; see `check_options`."""
-    rule = {"help": help, "choices": choices, "above": above, "low": low, "below": below}
-    return dataclasses.field(default=default, metadata=rule)
-
-
-def check_options(options: Any) -> None:
-    """Checks every field of an options dataclass against what its `option` allows.
-
-    Raises:
-        InputError: one line with all that is wrong, under the names of the command line.
-    """
-    problems = []
-    for item in dataclasses.fields(options):
-        name, value, rule = "--" + item.name.replace("_", "-"), getattr(options, item.name), item.metadata
-        if rule["choices"] and value not in rule["choices"]:
-            problems.append(f"{name} must be one of {', '.join(rule['choices'])}, got {value!r}")
-        elif isinstance(value, (int, float)) and not math.isfinite(value):
-            problems.append(f"{name} must be finite, got {value}")
-        elif rule["above"] is not None and value <= rule["above"]:
-            problems.append(f"{name} must be more than {rule['above']}, got {value}")
-        elif rule["low"] is not None and value < rule["low"]:
-            problems.append(f"{name} must be at least {rule['low']}, got {value}")
-        elif rule["below"] is not None and value >= rule["below"]:
-            problems.append(f"{name} must be less than {rule['below']}, got {value}")
-    if problems:
-        raise InputError("; ".join(problems))
 
 
 def _as_it_is(batch: Batch, seed: Sequence[int]) -> Batch:
@@ -127,20 +63,21 @@ class Stage:
     Attributes:
         name: for the log.
         epochs: how many.
-        networks: those that are trained, by name; all others stand still. Each has its own gradient clipping and
-            its own learning rate schedule, which counts only the epochs in which it was trained.
+        networks: those that are trained, by name; all others stand still. Each has its own gradient clipping. The
+            schedule `step` counts for each the epochs in which it was trained; `cosine` counts all steps of the run,
+            over all stages.
         losses: a batch -> every loss term by its name in the paper; the key `total` is minimised.
         passes: for networks that are trained in turns. A step then is one update a pass, in this order, all on one
             batch; each sees what those before it have made of their networks. Every network of the stage is in
-            one pass. `losses` is then what is looked at on held-out pairs.
-        prepare: (batch, seed) -> what the losses are given, and all passes of a step alike: damaged images, targets
+            one pass. `losses` is then what is looked at on validation pairs.
+        prepare: (batch, seed) -> what the losses are given, and all passes of a step alike: degraded images, targets
             of a network that is not trained. It runs before the step, without gradient, on the batch's device.
             What it draws depends on the seed alone, (seed of the run, step, process): nothing is to be stored.
-        rates: by name of a network, the factor of its learning rate, 1 where it is not named.
-        skip: what the decoder is given when held-out pairs are fused; the system's default for the task where empty.
+        lr_scale: by name of a network, the factor of its learning rate, 1 where it is not named.
+        skip: what `fuse` is given for validation pairs; the system's default for the task where empty.
 
     Raises:
-        ValueError: the passes are not a partition of the networks, or a rate is for another network.
+        ValueError: the passes are not a partition of the networks, or a factor is for another network.
     """
 
     name: str
@@ -149,15 +86,15 @@ class Stage:
     losses: Callable[[Any], dict[str, Tensor]]
     passes: tuple[Pass, ...] = ()
     prepare: Callable[[Batch, Sequence[int]], Any] = _as_it_is
-    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lr_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     skip: str = ""
 
     def __post_init__(self) -> None:
         in_passes = sorted(name for part in self.passes for name in part.networks)
         if self.passes and in_passes != sorted(self.networks):
             raise ValueError(f"stage {self.name}: passes over {in_passes} where each of {[*self.networks]} is in one")
-        if not self.rates.keys() <= self.networks.keys():
-            raise ValueError(f"stage {self.name}: rates of {[*self.rates]}, but it trains {[*self.networks]}")
+        if not self.lr_scale.keys() <= self.networks.keys():
+            raise ValueError(f"stage {self.name}: lr_scale of {[*self.lr_scale]}, but it trains {[*self.networks]}")
 
     @property
     def updates(self) -> tuple[Pass, ...]:
@@ -165,25 +102,76 @@ class Stage:
         return self.passes or (Pass(self.name, self.networks, self.losses),)
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a system that has none."""
+
+
 class System:
-    """What most systems have in common; a base class beside `nn.Module`."""
+    """What most systems have in common; a base class beside `nn.Module`.
+
+    A system has, without a default:
+
+    - `label`: its name in tables;
+    - `fuse(vis, ir, skip)`: (B, 1, H, W) in [0, 1] twice, visible or MRI first -> fused (B, 1, H, W) in [0, 1], or in a
+      range that its docstring names, to be brought to that; a system that takes colour is given visible images
+      (B, 3, H, W) too, and then gives such;
+    - `stages(options, task)`: its training, a list of `Stage`.
+
+    `features(vis, ir)`, where there is one: name -> feature maps (1, C, H, W) worth looking at. Parameters that are
+    created with `requires_grad` off stay untrained.
+    """
 
     label: str
-    weights: Mapping[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())
-    stretched = True
-    takes_colour = False
+    skips: tuple[str, ...] = ("none",)  # what `fuse` may be given as `skip`; the first is the default
+    skip_name = "decoder image"  # what they are called in a table's footer
+    smallest_side = 1  # of an image, in pixels
+    smallest_patch = 6  # of a training patch: SSIM reflects five pixels
+    smallest_batch = 1  # a process; more where batch norm asks for it. A smaller last batch is left out
+    weights: Mapping[str, tuple[str, ...]] = dict.fromkeys(TASKS, ())  # task -> files in models/ that tests run
+    other_weights: tuple[str, ...] = ()  # further files there
+    published: Mapping[str, tuple[str, ...]] = {}  # task -> published files, as for `weights`
+    columns: Sequence[str] = PAPER_TABLE  # of its published table
+    stretched = True  # whether its published test brings each fused image to the full range
+    takes_colour = False  # whether `fuse` and the training are given visible images in colour where there is some
     # Bytes a pixel of the image, in float32: of the maps that `fuse_tiled` keeps between two sweeps; and of all that
     # `fuse` takes, where there is no `fuse_tiled`, which is what --max-memory is held against (0: not known).
     map_bytes = 0
     whole_bytes = 0
-    skip_name = "decoder image"
+    Options: type = NoOptions  # of its training: a frozen dataclass with fields made by `option`
+    # Name -> values of training options that differ from their defaults, which are those of CDDFuse's published code.
+    # The first is the default, "published" where there is none.
     recipes: Mapping[str, Mapping[str, Any]] = {}
-    other_weights: tuple[str, ...] = ()
-    published_recipe = True
+    published_recipe = True  # whether "published" is among its recipes even where `recipes` does not name it
+
+    @property
+    def published_networks(self) -> dict[str, str]:
+        """Name in a checkpoint -> attribute; by default every part of the system under its own name."""
+        return {name: name for name, _ in self.named_children()}
+
+    @classmethod
+    def default_skip(cls, trained_for: str, fusing: str) -> str:
+        """The skip to use, from the tasks ("ivf" or "mif") of the weights and of the images."""
+        return cls.skips[0]
 
     @classmethod
     def row_label(cls, task: str, stem: str) -> str:
+        """How the row of a weight file is called in a table: by its name, as a table may hold several."""
         return stem if stem.startswith(cls.label) else f"{cls.label} {stem}"
+
+    def fused_terms(self, options: Any) -> dict[str, tuple[float, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+        """Loss terms of the fused image beside those of the paper: name -> weight and function of (vis, ir, fused)."""
+        return {}
+
+    def with_fused_terms(
+        self, terms: dict[str, Tensor], options: Any, batch: Batch, fused: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of a stage with those of `fused_terms`, where they have a weight, added to the total."""
+        for name, (weight, loss) in self.fused_terms(options).items():
+            if weight:
+                terms[name] = loss(batch.vis, batch.ir, fused)
+                terms["total"] = terms["total"] + weight * terms[name]
+        return terms
 
     @classmethod
     def is_stretched(cls, asked: bool | None) -> bool:

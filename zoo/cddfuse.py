@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class Options:
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
     range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not of the "
                                  "paper", low=0)  # fmt: skip
-    range_radius: int = option(1, "pixels within which --range-weight looks for these levels", low=0)
+    range_radius: int = option(1, "pixels within which --range-weight looks for these levels", low=0,
+                               most=100)  # fmt: skip
     difference_weight: float = option(0.0, "weight of how little the fused image less one source correlates with the "
                                       "other; not of the paper", low=0)  # fmt: skip
     fused_ssim_weight: float = option(0.0, "weight of the dissimilarity of the fused image from both sources; not of "
@@ -60,8 +62,8 @@ class CDDFuseSystem(System, net.CDDFuse):
     label = "CDDFuse"
     skips = net.SKIPS
     smallest_side = net.SMALLEST_SIDE
-    smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     weights = {"ivf": ("CDDFuse_IVF.pth",), "mif": ("CDDFuse_IVF.pth", "CDDFuse_MIF.pth")}
+    published_networks = net.CDDFuse.published_networks
     published = weights  # under the same names, in a folder of their own
     columns = PUBLISHED_COLUMNS["cddfuse"]
     Options = Options
@@ -75,9 +77,10 @@ class CDDFuseSystem(System, net.CDDFuse):
         },
     }  # fmt: skip
 
-    @staticmethod
-    def row_label(task: str, stem: str) -> str:
-        return "CDDFuse    " if task == "ivf" else stem  # as published
+    @classmethod
+    def row_label(cls, task: str, stem: str) -> str:
+        is_published = (task, stem) == ("ivf", "CDDFuse_IVF")  # and so is this label
+        return "CDDFuse    " if is_published else super().row_label(task, stem)
 
     @staticmethod
     def default_skip(trained_for: str, fusing: str) -> str:
@@ -101,11 +104,6 @@ class CDDFuseSystem(System, net.CDDFuse):
         """Decomposition, then fusion. For medical images the decoder is never given an image."""
         skip = self.default_skip(task, task) if options.decoder_image == "auto" else options.decoder_image
         pair_networks = {"encoder": self.encoder, "decoder": self.decoder}
-        own_terms = {
-            "range": (options.range_weight, functools.partial(range_loss, radius=options.range_radius)),
-            "difference": (options.difference_weight, difference_loss),
-            "fused_ssim": (options.fused_ssim_weight, fused_ssim_loss),
-        }
         all_networks = {**pair_networks, "base_fusion": self.base_fusion, "detail_fusion": self.detail_fusion}
 
         def decomposition_losses(batch: Batch) -> dict[str, Tensor]:
@@ -136,16 +134,19 @@ class CDDFuseSystem(System, net.CDDFuse):
             weights = {"intensity_weight": options.intensity_weight, "gradient_weight": options.gradient_weight_2}
             terms |= fusion_loss(batch.vis, batch.ir, fused, **weights)
             terms["total"] = terms["fusion"] + options.decomposition_weight * terms["decomposition"]
-            for name, (weight, loss) in own_terms.items():
-                if weight:
-                    terms[name] = loss(batch.vis, batch.ir, fused)
-                    terms["total"] = terms["total"] + weight * terms[name]
-            return terms
+            return self.with_fused_terms(terms, options, batch, fused)
 
         return [
             Stage("decomposition", options.stage1_epochs, pair_networks, decomposition_losses, skip=skip),
             Stage("fusion", options.stage2_epochs, all_networks, fusion_losses, skip=skip),
         ]
+
+    def fused_terms(self, options: Options) -> dict[str, Any]:
+        return {
+            "range": (options.range_weight, functools.partial(range_loss, radius=options.range_radius)),
+            "difference": (options.difference_weight, difference_loss),
+            "fused_ssim": (options.fused_ssim_weight, fused_ssim_loss),
+        }
 
     def features(self, vis: Tensor, ir: Tensor) -> dict[str, Tensor]:
         """Base and detail features of both images: (1, 1, H, W) twice -> name -> (1, 64, H, W)."""

@@ -162,9 +162,8 @@ class FSIDFusion(System, nn.Module):
     """The whole system: an encoder of pairs, a fusion layer for detail features, a decoder."""
 
     label = "FSIDFusion"
-    skips = net.SKIPS
+    skips = net.SKIPS  # by default the visible image or the MRI, whatever it was trained for, as published
     smallest_side = net.SMALLEST_SIDE
-    smallest_patch = 6  # the window of the SSIM loss reflects five pixels
     smallest_batch = 2  # batch norm behind a global mean has one value a channel and patch
     weights = {"ivf": ("FSIDFusion.pth",), "mif": ("FSIDFusion.pth",)}  # one file for all images, as published
     columns = PUBLISHED_COLUMNS["fsidfusion"]
@@ -236,11 +235,6 @@ class FSIDFusion(System, nn.Module):
         parts = (Local(nn.Identity(), 0), shared), (self.specific_fusion, detail)
         return decode_tiled(self.decoder, image, tiles.merged(self.decoder.reduce, *parts, out=shared), tiles)
 
-    @staticmethod
-    def default_skip(trained_for: str, fusing: str) -> str:
-        """The decoder sees the visible image or the MRI, whatever it was trained for, as published."""
-        return "vis"
-
     def stages(self, options: Options, task: str) -> list[Stage]:
         """Reconstruction, then fusion with the reconstruction kept; both tasks are trained alike."""
         pair_networks = {"encoder": self.encoder, "decoder": self.decoder}
@@ -270,7 +264,7 @@ class FSIDFusion(System, nn.Module):
             terms = reconstruction_terms(batch, features)
             terms |= fusion_loss(batch.vis, batch.ir, fused, gradient_weight=options.gradient_weight_2)
             terms["total"] = terms["fusion"] + options.reconstruction_weight * terms["total"]
-            return terms
+            return self.with_fused_terms(terms, options, batch, fused)
 
         return [
             Stage("reconstruction", options.stage1_epochs, pair_networks, reconstruction_losses),

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 import net
 from utils.common import InputError
 from utils.inference.checkpoint import save_checkpoint
-from utils.metrics import PAPER_TABLE
 from utils.tiles import Tiles
 from utils.training.losses import multi_branch_loss
 from zoo import Batch, Stage, System, check_options, option
@@ -309,11 +308,9 @@ class Options:
 
 class MLFuseSystem(System, nn.Module):
     label = "MLFuse"
-    skips = ("none",)  # its output layer is given no image
     smallest_side = SMALLEST_SIDE
     smallest_patch = SMALLEST_SIDE
     weights = {"ivf": ("MLFuse.pth",), "mif": ("MLFuse.pth",)}  # one file for all images
-    columns = PAPER_TABLE  # its own values come from a toolbox with other conventions
     Options = Options
     recipes = {
         "published": {
@@ -344,10 +341,6 @@ class MLFuseSystem(System, nn.Module):
             fused[:, :, top:bottom] = strip.fused
         return fused
 
-    @staticmethod
-    def default_skip(trained_for: str, fusing: str) -> str:
-        return "none"
-
     def stages(self, options: Options, task: str) -> list[Stage]:
         """One stage, in which all branches learn at once. Batches need the saliency maps of the second image."""
 
@@ -357,14 +350,15 @@ class MLFuseSystem(System, nn.Module):
                     "MLFuse trains on visual saliency maps, and these patches have none; "
                     "make the patch file with `python dataprocessing.py --saliency`"
                 )
-            terms = multi_branch_loss(batch.vis, batch.ir, batch.ir_saliency, *self.network(batch.vis, batch.ir))
+            outputs = self.network(batch.vis, batch.ir)
+            terms = multi_branch_loss(batch.vis, batch.ir, batch.ir_saliency, *outputs)
             terms["total"] = (
                 options.edge_weight * terms["edge"]
                 + options.attention_weight * terms["attention"]
                 + options.cross_weight * terms["cross"]
                 + options.fusion_weight * terms["fusion"]
             )
-            return terms
+            return self.with_fused_terms(terms, options, batch, outputs.fused)
 
         return [Stage("joint", options.epochs, {"network": self.network}, losses)]
 

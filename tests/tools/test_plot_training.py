@@ -63,7 +63,7 @@ def test_the_gain_is_counted_from_so_many_hours_before_the_end_over_all_runs(tmp
     assert "last 1.50 hours: total loss -37.50 %" in capsys.readouterr().out and out.exists()
 
 
-def test_other_held_out_pairs_are_not_compared_with(tmp_path, capsys):
+def test_other_validation_pairs_are_not_compared_with(tmp_path, capsys):
     log, out = tmp_path / "log.jsonl", ["--out", str(tmp_path / "c.png")]
     of_others = line(1, 9.0, metrics=9.0, pairs="b")
     log.write_text(line(1, 3.0, metrics=1.0) + of_others + line(3, 2.0, metrics=1.5, pairs="a"))
@@ -71,7 +71,7 @@ def test_other_held_out_pairs_are_not_compared_with(tmp_path, capsys):
     assert "last 1.00 hours: total loss -33.33 %" in capsys.readouterr().out  # since the line that names none
     log.write_text(of_others + line(2, 2.0, metrics=1.5, pairs="a"))
     assert plot_training.main([str(log), *out]) == 0
-    assert "fewer than two looks at the same held-out pairs" in capsys.readouterr().out
+    assert "fewer than two looks at the same validation pairs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,17 +34,6 @@ def test_ssim_loss_equals_the_golden_value(a, b, form, wanted):
     assert losses.ssim_loss(a, b, form=form).item() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_standard_ssim_loss_equals_kornia():
-    kornia_losses = pytest.importorskip("kornia.losses")
-    wanted = kornia_losses.SSIMLoss(11, reduction="mean")(I0, I2)
-    assert losses.ssim_loss(I0, I2, form="standard").item() == pytest.approx(wanted.item(), abs=1e-6)
-
-
-def test_ssim_of_an_image_with_itself_is_one():
-    torch.testing.assert_close(losses.ssim_map(I0, I0), torch.ones_like(I0))
-    assert losses.ssim_loss(I0, I0).item() == pytest.approx(0, abs=1e-7)
-
-
 def test_published_ssim_loss_is_flat_where_ssim_is_negative():
     a = I0.clone().requires_grad_()
     loss = losses.ssim_loss(a, 1 - I0)  # every window of the negative correlates negatively
@@ -61,8 +50,8 @@ def test_spatial_gradient_loss_equals_the_golden_value():
 def test_spatial_gradient_of_a_ramp_is_its_slope():
     ramp = torch.arange(6.0).expand(1, 1, 5, 6) * 0.1
     gradient = losses.spatial_gradient(ramp)
-    torch.testing.assert_close(gradient[0, 0, :, 1:-1], torch.full((5, 4), 0.1))
-    torch.testing.assert_close(gradient[0, 1], torch.zeros(5, 6))
+    torch.testing.assert_close(gradient[0, 0, 0, :, 1:-1], torch.full((5, 4), 0.1))
+    torch.testing.assert_close(gradient[0, 0, 1], torch.zeros(5, 6))
 
 
 def test_sobel_magnitude_pads_with_zeros():
@@ -134,12 +123,6 @@ def test_range_loss_is_the_distance_from_the_levels_of_both_sources_nearby():
     assert losses.range_loss(vis, ir, fused, radius=2).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_losses_have_finite_gradients():
-    a = I0.clone().requires_grad_()
-    total = losses.reconstruction_loss(I1, a) + losses.fusion_loss(I0, I1, a)["fusion"] + losses.correlation(a, I2)
-    assert torch.autograd.grad(total, a)[0].isfinite().all()
-
-
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="published, standard"):
         losses.ssim_loss(I0, I1, form="old")
@@ -198,27 +181,12 @@ def test_weight_of_an_own_term_adds_it_to_stage_two_alone(system, name):
     assert weighed[name] > 0 and same["total"].item() == first["total"].item()
 
 
-def test_intensity_weight_is_of_stage_two_alone(system):
-    plain, first = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(Options(), "ivf")))
-    options = Options(intensity_weight=4)
-    weighed, same = (stage.losses(Batch(I0, I1)) for stage in reversed(system.stages(options, "ivf")))
-    assert (weighed["total"] - plain["total"]).item() == pytest.approx(3 * plain["intensity"].item(), rel=1e-4)
-    assert same["total"].item() == first["total"].item()
-
-
 def test_difference_loss_is_two_less_the_metric_scd():
     fused = 0.6 * I0 + 0.3 * I1 + 0.1 * I0 * I1
     pictures = (image[0, 0].double().numpy() * 255 for image in (fused, I1, I0))
     wanted = 2 - metrics.scd(*pictures)
     assert losses.difference_loss(I0[:1], I1[:1], fused[:1]).item() == pytest.approx(wanted, abs=1e-5)
     assert losses.difference_loss(I0, I1, I0 + I1).item() == pytest.approx(0, abs=1e-5)
-
-
-def test_fused_ssim_loss_is_nothing_where_all_images_are_one():
-    assert losses.fused_ssim_loss(I0, I0, I0).item() == pytest.approx(0, abs=1e-6)
-    assert losses.fused_ssim_loss(I0, I1, I0).item() == pytest.approx(
-        1 - losses.ssim_map(I0, I1).mean().item(), abs=1e-6
-    )
 
 
 def test_medical_stages_never_show_the_decoder_an_image(system, monkeypatch):
@@ -266,7 +234,7 @@ def test_stage_losses_equal_the_published_ones_on_real_images(fusion_data, case)
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_losses_and_gradients_are_those_of_the_transcription(phase):
+def test_losses_and_gradients_are_those_of_the_reference_implementation(phase):
     torch.manual_seed(phase)
     ours, published = CDDFuseSystem(), reference_net.CDDFuse()
     published.load_state_dict(ours.state_dict())

@@ -8,23 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 
+import numpy as np
 import pytest
 import torch
 
 import train
+from tests.training.test_train import run
 from utils.common import ROOT
-from utils.data.patches import random_batches
-from utils.inference.checkpoint import read_file
-from utils.training import loop
-
-
-def run(patch_file, out, *options, epochs=(1, 1)):
-    argv = ["--data", str(patch_file), "--out", str(out), "--device", "cpu", "--recipe", "published"]
-    argv += ["--batch-size", "4", "--validate-every", "0"]
-    argv += ["--stage1-epochs", str(epochs[0]), "--stage2-epochs", str(epochs[1]), *options]
-    return train.main(argv)
+from utils.data.patches import PatchWriter, random_batches
+from utils.inference.checkpoint import read_file, save_file
+from utils.training import loop, run_state
+from zoo.cddfuse import CDDFuseSystem
 
 
 def fail_with(error):
@@ -40,38 +35,16 @@ def test_fallback_to_the_checkpoint_before_keeps_it_until_a_new_one_is_whole(pat
     whole = (out / "previous.pt").read_bytes()
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_file", fail_with(OSError(28, "No space left on device")))
+        patch.setattr(run_state, "save_file", fail_with(OSError(28, "No space left on device")))
         assert run(patch_file, out, "--resume", "auto", epochs=(1, 2)) == 2
     assert (out / "previous.pt").read_bytes() == whole and (out / "last.pt.damaged").stat().st_size == 1000
     assert run(patch_file, out, "--resume", "auto", epochs=(1, 2)) == 0
-
-
-def test_forced_weight_decay_is_trained_with(patch_file, tmp_path, monkeypatch):
-    assert run(patch_file, tmp_path / "run", epochs=(1, 1)) == 0
-    used = []
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step",
-        lambda self, *args: (used.append({g["weight_decay"] for g in self.param_groups}), step(self, *args))[1],
-    )  # fmt: skip
-    options = ("--resume", "auto", "--force", "--weight-decay", "0.5")
-    assert run(patch_file, tmp_path / "run", *options, epochs=(1, 2)) == 0
-    assert used and all(values == {0.5} for values in used)
 
 
 def test_full_disk_at_a_validation_is_a_warning(patch_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "write_image", fail_with(OSError(28, "No space left on device")))
     assert run(patch_file, tmp_path / "run", "--validate-every", "1") == 0
     assert "No space left on device; training goes on" in capsys.readouterr().err
-
-
-def test_best_weights_are_those_of_the_last_stage_that_has_epochs(patch_file, tmp_path):
-    assert run(patch_file, tmp_path / "run", "--validate-every", "1", epochs=(2, 0)) == 0
-    assert (tmp_path / "run" / "CDDFuse_IVF_best.pth").exists()
-    # Gone on with elsewhere, the best weights are to be found there.
-    options = ("--resume", str(tmp_path / "run" / "last.pt"), "--force", "--validate-every", "1")
-    assert run(patch_file, tmp_path / "other", *options, epochs=(3, 0)) == 0
-    assert (tmp_path / "other" / "CDDFuse_IVF_best.pth").exists()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +81,7 @@ def test_signals_that_come_together_are_one(monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked() and stop.why == "SIGTERM"
+        assert stop.is_asked() and stop.why == "SIGTERM"
         monkeypatch.setattr(stop, "since", stop.since - 1.01 * stop.TOGETHER_S)
         os.kill(os.getpid(), signal.SIGTERM)  # clusters repeat themselves
         with pytest.raises(KeyboardInterrupt):
@@ -143,27 +116,101 @@ def test_stop_is_obeyed_between_two_looks(patch_file, tmp_path, monkeypatch):
     assert read_file(tmp_path / "run" / "last.pt")["step"] == 2
 
 
-def test_what_a_failed_step_held_is_free_when_a_batch_that_fits_is_looked_for(
-    patch_file, tmp_path, monkeypatch, capsys
-):
-    alive: list[weakref.ref] = []
-    held = []
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A patch file, a run that was stopped after its second checkpoint, and what last.pt then holds."""
+    folder = tmp_path_factory.mktemp("saved")
+    with PatchWriter(folder / "patches.h5", 16) as writer:
+        writer.add(*np.random.default_rng(0).uniform(0, 255, (2, 6, 16, 16)))
+    common = ("--optimizer", "muon", "--ema", "0.5", "--save-every-minutes", "0")
+    for more in ((), ("--resume", "auto")):
+        assert run(folder / "patches.h5", folder / "run", *common, "--max-minutes", "1e-6", *more) == 75
+    return folder / "patches.h5", folder / "run", common
 
-    def losses(self, given):
-        if not alive:
-            kept = torch.zeros(3)
-            alive.append(weakref.ref(kept))
-            raise torch.OutOfMemoryError(f"no memory for {len(kept)}")
-        raise AssertionError("called once")
 
-    def advise(self, stage, batch):
-        held.append(alive[0]())
-        return "advice"
+DAMAGES = {
+    "a counter": lambda x: x.update(step="2"),
+    "an epoch that was not": lambda x: x.update(epoch=7),
+    "sums": lambda x: x.update(sums={"": float("nan")}),
+    "settings": lambda x: x.update(settings=[1]),
+    "no commit": lambda x: x.update(about={}),
+    "a missing weight": lambda x: x["model"].popitem(),
+    "the type of a weight": lambda x: x["model"].update({k: v.double() for k, v in x["model"].items()}),
+    "the shape of a mean": lambda x: x["optimizer"]["adam"]["state"][0].update(exp_avg=torch.zeros(1)),
+    "the type of a mean": lambda x: x["optimizer"]["muon"]["state"][0].update(momentum_buffer="far"),
+    "another optimiser": lambda x: x.update(optimizer={"state": {}}),
+    "an average": lambda x: x.update(ema=x["ema"][:-1]),
+    "random numbers": lambda x: x.update(random={"cpu": torch.zeros(3)}),
+}
 
-    monkeypatch.setattr(loop._PassLosses, "forward", losses)
-    monkeypatch.setattr(loop.Run, "advise_on_memory", advise)
-    assert run(patch_file, tmp_path / "run") == 2
-    assert "advice" in capsys.readouterr().err and held == [None]
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_checkpoint_with_anything_wrong_in_it_is_passed_over_in_one_line(damage, saved, tmp_path, capsys):
+    patches, made, common = saved
+    out = tmp_path / "run"
+    out.mkdir()
+    content = read_file(made / "last.pt")
+    damage(content)
+    save_file(out / "last.pt", content)
+    (out / "previous.pt").write_bytes((made / "previous.pt").read_bytes())
+    assert run(patches, out, *common, "--resume", "auto", "--max-minutes", "1e-6") == 75
+    warning, *others = capsys.readouterr().err.strip().splitlines()
+    assert str(out / "last.pt") in warning and f"Going on with {out / 'previous.pt'}" in warning
+    assert len(others) == 1 and "stopped by --max-minutes" in others[0]
+
+
+def test_checkpoint_under_former_names_of_options_is_gone_on_with(saved, tmp_path):
+    patches, made, common = saved
+    content = read_file(made / "last.pt")
+    content["settings"]["patches_digest"] = content["settings"].pop("patches_hash")
+    save_file(tmp_path / "last.pt", content)
+    assert run(patches, tmp_path, *common, "--resume", "auto", "--max-minutes", "1e-6") == 75
+
+
+def test_finished_run_writes_its_weights_and_its_log_again(patch_file, tmp_path):
+    out = tmp_path / "run"
+    assert run(patch_file, out) == 0
+    before = read_file(out / "CDDFuse_IVF.pth"), (out / "log.jsonl").read_text()
+    (out / "CDDFuse_IVF.pth").unlink()
+    (out / "log.jsonl").write_text("half a li")
+    assert run(patch_file, out, "--resume", "auto") == 0
+    after = read_file(out / "CDDFuse_IVF.pth"), (out / "log.jsonl").read_text()
+    assert before[1] == after[1]
+    assert all(torch.equal(v, after[0]["DIDF_Encoder"][k]) for k, v in before[0]["DIDF_Encoder"].items())
+
+
+def test_weights_come_before_the_large_checkpoint(patch_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(run_state, "save_file", fail_with(OSError(28, "No space left on device")))
+        assert run(patch_file, tmp_path / "run") == 2
+    assert (tmp_path / "run/CDDFuse_IVF.pth").exists() and not (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_loss_that_is_not_finite_is_told_with_what_there_is(is_kept, tmp_path, monkeypatch, capsys):
+    images = np.random.default_rng(0).uniform(0, 255, (2, 4, 16, 16))
+    images[0, 1] = images[1, 3] = 7
+    with PatchWriter(tmp_path / "p.h5", 16) as writer:
+        writer.add(*images)
+    forward, calls = loop.PassLosses.forward, []
+
+    def breaks(self, given):
+        calls.append(1)
+        return {"total": forward(self, given)["total"] * (1 if is_kept and len(calls) == 1 else float("nan"))}
+
+    monkeypatch.setattr(loop.PassLosses, "forward", breaks)
+    assert run(tmp_path / "p.h5", tmp_path / "run", "--save-every-minutes", "0") == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "total nan" in error and "2 of the 4 patches of this step are constant" in error
+    assert (f"{tmp_path / 'run/last.pt'} is kept" in error) == is_kept == (tmp_path / "run/last.pt").exists()
+
+
+def test_parts_of_other_weights_are_taken_and_named(patch_file, tmp_path, capsys):
+    save_file(tmp_path / "half.pth", {"encoder": CDDFuseSystem().encoder.state_dict(), "note": "x"})
+    stop = ("--init-partial", str(tmp_path / "half.pth"), "--max-minutes", "1e-6")
+    assert run(patch_file, tmp_path / "run", *stop) == 75
+    printed = capsys.readouterr().out
+    assert "tensors of DIDF_Encoder" in printed and "0 of" in printed.split("DIDF_Encoder")[1]
 
 
 @pytest.mark.slow

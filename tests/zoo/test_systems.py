@@ -49,7 +49,7 @@ def test_systems_are_rows_of_one_table(folder, tmp_path, capsys):
     both = ["--weights", folder / "student.pth", folder / "cdd.pth"]
     assert table(folder, tmp_path / "out", "--system", "tsdm", "cddfuse", *both) == 0
     printed = capsys.readouterr().out
-    assert [row[0].strip() for row in rows(printed)] == ["TSDM-Fusion student", "CDDFuse"]
+    assert [row[0].strip() for row in rows(printed)] == ["TSDM-Fusion student", "CDDFuse cdd"]
     facts = {
         name: json.loads((tmp_path / "out" / name / "MINE/metrics.json").read_text()) for name in ("cdd", "student")
     }

@@ -168,7 +168,7 @@ class Loop:
     def __init__(self, stage: Stage, rate: float = 1e-3, wrap: Callable[[nn.Module], nn.Module] = lambda x: x) -> None:
         self.stage, self.steps = stage, 0
         self.trained = {k: [p for p in n.parameters() if p.requires_grad] for k, n in stage.networks.items()}
-        groups = [{"name": k, "params": p, "lr": rate * stage.rates.get(k, 1)} for k, p in self.trained.items()]
+        groups = [{"name": k, "params": p, "lr": rate * stage.lr_scale.get(k, 1)} for k, p in self.trained.items()]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.losses = []
         for part in stage.updates:
@@ -214,7 +214,7 @@ def test_defaults_are_the_published_stages():
     student, adversarial = TSDMFusion().stages(Options(stage="student"), "ivf")
     assert (student.epochs, adversarial.epochs) == (79, 71)
     assert [part.name for part in adversarial.updates] == ["discriminator", "student"]
-    assert 5e-4 * adversarial.rates["discriminator"] == pytest.approx(1e-4)
+    assert 5e-4 * adversarial.lr_scale["discriminator"] == pytest.approx(1e-4)
     assert set(TSDMFusion.recipes) == {"teacher", "student"}
     for name, recipe in TSDMFusion.recipes.items():
         assert recipe["stage"] == name
@@ -456,7 +456,7 @@ def test_distributed_passes_find_no_unused_parameter_and_equal_one_process(tmp_p
 
 
 @pytest.mark.parametrize("size", [TSDMFusion.smallest_patch, 43])
-def test_held_out_pair_has_losses_in_every_stage(size):
+def test_validation_pair_has_losses_in_every_stage(size):
     model, stages = small()
     for stage in [*stages, *model.stages(Options(), "ivf")]:
         with torch.inference_mode():
@@ -475,7 +475,7 @@ def test_stage_without_passes_is_one_update_over_all_its_networks():
     (part,) = stage.updates
     assert (part.name, part.networks, part.losses) == ("a", {"n": network}, stage.losses)
     batch = colour_batch()
-    assert stage.prepare(batch, (0,)) is batch and stage.rates == {}
+    assert stage.prepare(batch, (0,)) is batch and stage.lr_scale == {}
 
 
 def test_passes_that_are_no_partition_of_the_networks_are_refused():
@@ -487,5 +487,5 @@ def test_passes_that_are_no_partition_of_the_networks_are_refused():
     for passes in ((Pass("a", one, losses),), (Pass("a", one, losses), Pass("b", {**one, **two}, losses))):
         with pytest.raises(ValueError, match="each of"):
             Stage("s", 1, {**one, **two}, losses, passes=passes)
-    with pytest.raises(ValueError, match="rates"):
-        Stage("s", 1, one, losses, rates={"two": 0.5})
+    with pytest.raises(ValueError, match="lr_scale"):
+        Stage("s", 1, one, losses, lr_scale={"two": 0.5})

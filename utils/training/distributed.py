@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
 
 from utils.common import InputError
 
@@ -107,23 +107,6 @@ def alone() -> Iterator[None]:
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, through which gradients flow to all of them."""
-    return value if ranks() == 1 or _alone else _Mean.apply(value)
-
-
-class _Mean(torch.autograd.Function):
     # What is minimised is the mean of the totals of all processes, and gradients of parameters are averaged over
     # them too; so the derivative of a mean is, like the mean itself, a mean over the processes.
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return _reduce(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _reduce(gradient)
-
-
-def _reduce(value: Tensor) -> Tensor:
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / ranks()
+    return value if ranks() == 1 or _alone else all_reduce(value) / ranks()

@@ -1,43 +1,44 @@
-"""The training loop that serves every system: one step, the state of a run, and how it survives.
-
-All that a run is can be stored after any step and taken up again; on a CPU the result is then, bit for bit, that
-of the run that was never stopped. Two checkpoints are kept, so that a damaged one costs a minute, not a run.
-"""
+"""The training loop that serves every system: one step, the epochs made of it, and how a run is asked to stop."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import operator
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils.common import SECONDS_BETWEEN_LINES, InputError, whole_file
+from utils.common import SECONDS_BETWEEN_LINES, InputError
 from utils.data.patches import Batch, PatchDataset, batches_in_epoch, random_batches
-from utils.inference.checkpoint import read_file, save_file
 from utils.inference.fusing import autocast, has_bfloat16
-from utils.training.distributed import any_rank, from_first, is_first, mean_over_ranks, rank, ranks
-from utils.training.optimizers import Muon
+from utils.training.distributed import any_rank, is_first, mean_over_ranks, rank, ranks
+from utils.training.monitor import log
+from utils.training.optimizers import Muon, matrices
 
 if TYPE_CHECKING:
     from zoo import Pass, Stage
 
-# Attributes of a Run that are stored as they are.
-COUNTERS = ("epoch", "batch", "step", "epochs_trained", "seconds", "sums", "best", "log")
 # Looking at a loss makes a GPU wait for the host, so there it is looked at after so many steps only.
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 25}
 EMA_WARMUP = 10  # steps in which the average forgets the first weights faster than its decay says
+NORM = "gradient norm of "
+
+
+class Unseen(NamedTuple):
+    """What a pass has computed and nobody has looked at yet."""
+
+    step: int
+    batch: Batch
+    is_last: bool  # of the passes of its step
+    names: list[str]
+    values: Tensor
 
 
 class Run:
@@ -77,6 +78,7 @@ class Run:
         self.model, self.stages, self.options, self.dataset = model, stages, options, dataset
         self.settings, self.facts = settings, facts
         self.out, self.weights = out, out / weights
+        self.best_weights = self.weights.with_name(f"{self.weights.stem}_best{self.weights.suffix}")
         self.last, self.previous = out / "last.pt", out / "previous.pt"
         self.device = next(model.parameters()).device
         self.epochs = sum(stage.epochs for stage in stages)
@@ -96,18 +98,21 @@ class Run:
         self.frozen = {p for network in self.networks.values() for p in network.parameters() if not p.requires_grad}
         # The state is kept by parameter: one optimiser with a group a network is four published ones.
         groups = [{"name": name, "params": self.trained(network)} for name, network in self.networks.items()]
-        self.optimizer = (Muon if options.optimizer == "muon" else torch.optim.Adam)(
-            groups, lr=options.learning_rate, weight_decay=options.weight_decay,
-            decoupled_weight_decay=options.decoupled_weight_decay, fused=self.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
-        state = [value for value in model.state_dict().values() if value.is_floating_point()]
-        self.floating: list[Tensor] = state
-        self.ema = [value.clone() for value in state] if options.ema else []
+        adam = {"lr": options.learning_rate, "weight_decay": options.weight_decay,
+                "decoupled_weight_decay": options.decoupled_weight_decay,
+                "fused": self.device.type in ("cpu", "cuda")}  # fmt: skip
+        if options.optimizer == "muon":
+            self.optimizer = Muon(groups, matrices(model), **adam)
+        else:
+            self.optimizer = torch.optim.Adam(groups, **adam)
+        # Not torch's AveragedModel: that copies networks which are not trained, and averages counters.
+        self.floating = [value for value in model.state_dict().values() if value.is_floating_point()]
+        self.ema = [value.clone() for value in self.floating] if options.ema else []
         self.compile = False
         self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
-        self.hurry: Callable[[], bool] = lambda: False  # whether to look after the present step already
-        self.looked_at = self.step
-        self.unseen: list[tuple[int, bool, list[str], Tensor]] = []
+        self.is_asked_to_stop: Callable[[], bool] = lambda: False  # if so, the present step is looked at already
+        self.unseen: list[Unseen] = []
+        self.looked_at = 0
 
     def trained(self, network: nn.Module) -> list[nn.Parameter]:
         return [parameter for parameter in network.parameters() if parameter not in self.frozen]
@@ -132,59 +137,61 @@ class Run:
         Raises:
             InputError: a loss, a gradient or a weight is not finite, or the memory is too small.
         """
-        options, stage = self.options, self.stage
+        options, (stage, epoch_in_stage) = self.options, self.stage_of(self.epoch)
         self.model.train()
-        losses = []
-        for part in stage.updates:
-            self.let_train(part.networks)  # before wrapping: DistributedDataParallel waits for what then has gradients
-            module: nn.Module = _PassLosses(part)
-            if self.compile:
-                module = torch.compile(module)
-            losses.append(DistributedDataParallel(module) if ranks() > 1 else module)
+        losses = [self.losses_of(part) for part in stage.updates]
         batches = random_batches(
             self.dataset, options.batch_size, (options.seed, self.epoch), crop=options.crop, flips=options.flips,
             batches=options.epoch_batches, start=self.batch, part=(rank(), ranks()), smallest=self.smallest_batch,
         )  # fmt: skip
-        _, epoch_in_stage = self.stage_of(self.epoch)
         title = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}"
-        hide = None if is_first() else True
-        with tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch", disable=hide,
-                  file=_Patient(sys.stderr)) as bar:  # fmt: skip
+        bar = tqdm(desc=title, total=self.epoch_batches, initial=self.batch, unit="batch",
+                   disable=None if is_first() else True)  # fmt: skip
+        with bar:
             since = told = time.perf_counter()
             for batch in batches:
                 self.train_step(stage, losses, batch.to(self.device))
                 bar.update()
                 waits = self.step - self.looked_at < self.steps_between_looks and self.batch < self.epoch_batches
-                if waits and not self.hurry():
+                if waits and not self.is_asked_to_stop():
                     continue
                 patches = self.sums.get("", 0.0)
                 seen = self.look()
                 now = time.perf_counter()
                 self.seconds += now - since
                 seen["patches_per_second"] = (self.sums[""] - patches) * ranks() / (now - since)
-                since = now
                 loss = f"{seen['losses']['total']:.4f}"
                 bar.set_postfix(loss=loss, refresh=False)
                 if bar.disable and is_first() and now - told > SECONDS_BETWEEN_LINES:  # a log file, not a terminal
-                    say(f"{title}: {self.batch} of {self.epoch_batches} batches, total loss {loss}")
+                    log(f"{title}: {self.batch} of {self.epoch_batches} batches, total loss {loss}")
                     told = now
                 yield seen
                 since = time.perf_counter()
         self.finish_epoch()
 
-    def let_train(self, networks: Mapping[str, nn.Module]) -> None:
+    def losses_of(self, part: Pass) -> nn.Module:
+        """The losses of a pass as a module, wrapped as the run asks for."""
+        self.set_trainable(part.networks)  # before wrapping: DistributedDataParallel waits for what then has gradients
+        module: nn.Module = PassLosses(part)
+        if self.compile:
+            module = torch.compile(module)
+        return DistributedDataParallel(module) if ranks() > 1 else module
+
+    def set_trainable(self, networks: Mapping[str, nn.Module]) -> None:
         """Gives gradients to these networks and to no others."""
         for name, network in self.networks.items():
             for parameter in self.trained(network):
                 parameter.requires_grad_(name in networks)
 
     def train_step(self, stage: Stage, losses: list[nn.Module], batch: Batch) -> None:
-        """One step: an update for each pass of the stage. But for `prepare`, nothing makes a GPU wait for the host."""
+        """One step: an update for each pass of the stage. But for `prepare`, and kernels of a few numbers that kornia
+        copies to it, nothing makes a GPU wait for the host.
+        """
         self.set_learning_rates()
         given = stage.prepare(batch, (self.options.seed, self.step, rank()))
         for part, module in zip(stage.updates, losses, strict=True):
             if len(losses) > 1:
-                self.let_train(part.networks)
+                self.set_trainable(part.networks)
             self.update(stage, part, module, batch, given)
         self.step += 1
         self.batch += 1
@@ -194,26 +201,23 @@ class Run:
 
     def update(self, stage: Stage, part: Pass, losses: nn.Module, batch: Batch, given: Any) -> None:
         """One pass: losses, gradients, and a step of the optimiser, which passes over all without gradients."""
-        terms: dict[str, Tensor] | None
+        self.optimizer.zero_grad(set_to_none=True)
         try:
             with autocast(self.device, self.options.precision):
                 terms = losses(given)
-            self.optimizer.zero_grad(set_to_none=True)
             terms["total"].backward()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            terms = None
-        if terms is None:  # not in the handler: as long as the error lives, so does what the step has stored
-            raise InputError(self.advise_on_memory(stage, batch))
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+                raise InputError(self.advise_on_memory(batch)) from error
+            raise
         limit = self.options.clip_norm or math.inf
         norms = {k: nn.utils.clip_grad_norm_(self.trained(n), limit) for k, n in part.networks.items()}
-        last = part.name == stage.updates[-1].name
-        if not last:  # the plain names are those of the last pass, whose losses are the stage's
+        is_last = part.name == stage.updates[-1].name
+        if not is_last:  # the plain names are those of the last pass, whose losses are the stage's
             terms = {f"{part.name} {name}": value for name, value in terms.items()}
-        values = {**terms, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
+        values = {**terms, **{NORM + name: norm for name, norm in norms.items()}}
         stacked = torch.stack([v.detach().double() for v in values.values()])
-        self.unseen.append((len(batch.vis), last, list(values), stacked))
+        self.unseen.append(Unseen(self.step + 1, batch, is_last, list(values), stacked))
         if self.steps_between_looks == 1:
             self.check_finite()  # before the step that would spoil the weights
         self.optimizer.step()
@@ -228,25 +232,39 @@ class Run:
             else:
                 factor = 0.5 + 0.5 * math.cos(math.pi * self.step / (self.epochs * self.epoch_batches))
             floor = min(options.min_lr, options.learning_rate)
-            relative = self.stage.rates.get(group["name"], 1)
+            scale = self.stage.lr_scale.get(group["name"], 1)
             if group.get("by") == "muon":
-                relative *= options.muon_factor
-            group["lr"] = relative * warmup * max(factor * options.learning_rate, floor)
+                scale *= options.muon_factor
+            group["lr"] = scale * warmup * max(factor * options.learning_rate, floor)
+
+    def learning_rates(self) -> dict[str, float]:
+        """By network; Muon's are that times its factor."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups if group.get("by") != "muon"}
+
+    # -- what the steps have come to -----------------------------------------------------------------------------
 
     def check_finite(self) -> list[dict[str, float]]:
-        """The values of the steps since the last look.
+        """The values of the passes since the last look.
 
         Raises:
             InputError: one is NaN or infinite; the names are given.
         """
-        seen = [dict(zip(names, values.tolist(), strict=True)) for *_, names, values in self.unseen]
-        bad = [f"{name} {value}" for values in seen for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise InputError(
-                f"not finite at step {self.step + 1}: {', '.join(dict.fromkeys(bad))}. The last checkpoint in "
-                f"{self.out} is kept; try a smaller --learning-rate, or --precision float32"
-            )
+        seen = [dict(zip(part.names, part.values.tolist(), strict=True)) for part in self.unseen]
+        for part, values in zip(self.unseen, seen, strict=True):
+            bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+            if bad:
+                raise self.not_finite(f"at step {part.step}: {', '.join(bad)}", part.batch)
         return seen
+
+    def not_finite(self, what: str, batch: Batch | None = None) -> InputError:
+        """The error to raise, with what may be the cause and what is left."""
+        text = f"not finite {what}"
+        if batch and (constant := constant_patches(batch)):
+            text += f"; {constant} of the {len(batch.vis)} patches of this step are constant"
+        if self.last.exists():
+            text += f". {self.last} is kept"
+        advice = "" if self.options.precision == "float32" else ", or --precision float32"
+        return InputError(f"{text}. Try a smaller --learning-rate{advice}")
 
     def look(self) -> dict[str, Any]:
         """Waits for the steps since the last look, adds their losses up and returns the newest values.
@@ -254,74 +272,47 @@ class Run:
         Raises:
             InputError: as `check_finite`.
         """
-        seen = self.check_finite()
         newest: dict[str, float] = {}
-        for (patches, last, *_), values in zip(self.unseen, seen, strict=True):
-            if last:
-                self.sums[""] = self.sums.get("", 0.0) + patches
+        for part, values in zip(self.unseen, self.check_finite(), strict=True):
+            patches = len(part.batch.vis)
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value * patches
+            if part.is_last:
+                self.sums[""] = self.sums.get("", 0.0) + patches
             newest |= values
-        norms = {}
-        for name in [name for name in newest if name.startswith("gradient norm of ")]:
-            norms[name.removeprefix("gradient norm of ")] = newest.pop(name)
+        norms = {name.removeprefix(NORM): newest.pop(name) for name in [*newest] if name.startswith(NORM)}
         self.unseen.clear()
         self.looked_at = self.step
-        return {"step": self.step, "losses": newest, "gradient_norms": norms, "learning_rates": self.rates()}
-
-    def rates(self) -> dict[str, float]:
-        """By network; Muon's are that times its factor."""
-        return {group["name"]: group["lr"] for group in self.optimizer.param_groups if group.get("by") != "muon"}
+        return {"step": self.step, "losses": newest, "gradient_norms": norms, "learning_rates": self.learning_rates()}
 
     def finish_epoch(self) -> None:
-        stage, _ = self.stage_of(self.epoch)
+        """Moves on to the next epoch, with a line in the log."""
         sums = torch.tensor([*self.sums.values()], dtype=torch.float64, device=self.device)
         means = dict(zip(self.sums, mean_over_ranks(sums).tolist(), strict=True))
         patches = means.pop("")
-        before = sum(line["seconds"] for line in self.log)
-        seconds = max(self.seconds - before, 1e-9)
+        seconds = max(self.seconds - sum(line["seconds"] for line in self.log), 1e-9)
+        stage = self.stage
         for name in stage.networks:
             self.epochs_trained[name] += 1
         self.epoch += 1
-        losses = {k: v / patches for k, v in means.items() if not k.startswith("gradient norm of ")}
         self.log.append({
-            "epoch": self.epoch, "stage": stage.name, "step": self.step, "losses": losses,
-            "learning_rates": self.rates(), "seconds": seconds,
+            "epoch": self.epoch, "stage": stage.name, "step": self.step,
+            "losses": {name: value / patches for name, value in means.items() if not name.startswith(NORM)},
+            "learning_rates": self.learning_rates(), "seconds": seconds,
             "patches_per_second": round(patches * ranks() / seconds, 2),
         })  # fmt: skip
         self.batch, self.sums = 0, {}
 
-    def advise_on_memory(self, stage: Stage, batch: Batch) -> str:
-        """The line to print when a step does not fit into memory: with the largest batch that does."""
-        text = f"not enough memory on {self.device} for --batch-size {self.options.batch_size}, {batch.vis.shape[-1]}"
-        text += " pixels a side"
-        fits = 0
-        # With several processes the losses wait for one another, and the others may have memory enough.
-        size = len(batch.vis) // 2 if ranks() == 1 else 0
-        while size >= self.smallest_batch and not fits:
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            try:
-                fewer = batch.each(operator.itemgetter(slice(size)))
-                given = stage.prepare(fewer, (self.options.seed, self.step, rank()))
-                with autocast(self.device, self.options.precision):
-                    for part in stage.updates:
-                        self.let_train(part.networks)
-                        part.losses(given)["total"].backward()
-                fits = size
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-            size //= 2
-        if fits:
-            return f"{text}; --batch-size {fits} fits"
-        text += "; try a smaller --batch-size or --crop"
-        if self.options.precision == "float32" and has_bfloat16(self.device):
-            text += ", or --precision bfloat16"
-        return text
+    def advise_on_memory(self, batch: Batch) -> str:
+        """The line to print when a step does not fit into memory."""
+        text = (
+            f"not enough memory on {self.device} for --batch-size {self.options.batch_size}, {batch.vis.shape[-1]} "
+            "pixels a side; try a smaller --batch-size or --crop"
+        )
+        is_wide = self.options.precision == "float32" and has_bfloat16(self.device)
+        return text + (", or --precision bfloat16" if is_wide else "")
 
-    # -- state -------------------------------------------------------------------------------------------------
+    # -- averaged weights ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -336,155 +327,13 @@ class Run:
         finally:
             torch._foreach_copy_(self.floating, kept)
 
-    def about(self) -> dict[str, Any]:
-        """What is stored beside the weights."""
-        facts = {
-            "epochs": self.epoch, "steps": self.step, "seconds": round(self.seconds), "processes": ranks(),
-            "torch": str(torch.__version__), "device": str(self.device),
-        }  # fmt: skip
-        return {**self.settings, **self.facts, **facts}
-
-    def save(self) -> None:
-        """Writes last.pt, the weights and the log; the checkpoint before becomes previous.pt.
-
-        Raises:
-            InputError: a weight is not finite; nothing is written.
-            OSError: a file could not be written; one whole checkpoint is there all the same.
-        """
-        if not all(value.isfinite().all() for value in self.floating):
-            raise InputError(
-                f"not finite before step {self.step + 1}: weights. The last checkpoint in {self.out} is kept; "
-                "try a smaller --learning-rate, or --precision float32"
-            )
-        if not is_first():
-            return
-        if self.last.exists():
-            os.replace(self.last, self.previous)
-        save_file(self.last, {
-            **{name: getattr(self, name) for name in COUNTERS}, "settings": self.settings, "about": self.about(),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
-            "random": random_state(self.device),
-        })  # fmt: skip
-        self.write_results()
-
-    def write_results(self) -> None:
-        """Writes the weights and the log, which are made of what last.pt holds."""
-        with self.averaged():
-            self.model.save(self.weights, self.about())
-        with whole_file(self.out / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.log))
-
-    def save_best(self, loss: float) -> bool:
-        """Keeps the present weights beside the last ones where the validation loss is the lowest so far."""
-        if self.best is not None and not loss < self.best:
-            return False
-        if is_first():
-            with self.averaged():
-                self.model.save(self.best_weights, {**self.about(), "validation_loss": loss})
-        self.best = loss
-        return True
-
-    @property
-    def best_weights(self) -> Path:
-        return self.weights.with_name(f"{self.weights.stem}_best{self.weights.suffix}")
-
-    def load(self, path: Path, *, force: bool = False) -> None:
-        """Takes up a stored run.
-
-        Args:
-            path: a file that `save` wrote.
-            force: go on although options changed; their names are printed.
-
-        Raises:
-            FileNotFoundError, InputError: unreadable, of another kind or of other options.
-        """
-        self.take_up(path, from_first(lambda: self.read(path)), force=force)
-
-    def take_up(self, path: Path, saved: dict[str, Any], *, force: bool = False) -> None:
-        """`load`, of a file's content that is at hand."""
-        # An option that there was not yet had its default: what was done before there was a choice.
-        of_losses = vars(self.model.Options())
-        former = {**vars(type(self.options)()), **of_losses, **saved["settings"]}
-        changed = {key: f"{key} {former.get(key)!r} -> {value!r}"
-                   for key, value in self.settings.items() if former.get(key) != value}  # fmt: skip
-        listed = "; ".join(changed.values())
-        if changed and not force:
-            raise InputError(
-                f"the options differ from those of {path}: {listed}; give the former ones, "
-                "or --force to go on with these"
-            )
-        if former["optimizer"] != self.options.optimizer:
-            raise InputError(
-                f"{path} was trained with --optimizer {former['optimizer']}, from whose state "
-                f"{self.options.optimizer} cannot go on; give the former one, or start a new run from its weights: "
-                f"--init {self.weights} --out ANOTHER"
-            )
-        try:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"{path} is of another network; name the run to go on with by --resume") from error
-        for group in self.optimizer.param_groups:  # loaded with the state; the options may have changed
-            group["weight_decay"] = self.options.weight_decay
-            if "decoupled_weight_decay" in group:  # Muon's always is
-                group["decoupled_weight_decay"] = self.options.decoupled_weight_decay
-        if changed:
-            print(f"warning: options changed: {listed}", file=sys.stderr)
-        if self.ema and saved["ema"]:
-            torch._foreach_copy_(self.ema, [value.to(self.device) for value in saved["ema"]])
-        else:
-            self.restart_average()
-        for name in COUNTERS:
-            setattr(self, name, saved[name])
-        # The best weights may lie elsewhere, or be the best by another loss.
-        if path.parent != self.out or any(key in of_losses and not key.endswith("epochs") for key in changed):
-            self.best = None
-        self.looked_at = self.step
-        set_random_state(saved["random"], self.device)
-        before = saved["about"]["commit"]
-        if self.facts["commit"] not in before.split(", then "):
-            before += f", then {self.facts['commit']}"
-        self.facts |= {"commit": before, "init": saved["about"]["init"]}
-
     def restart_average(self) -> None:
         """Begins the average with the present weights."""
         if self.ema:
             torch._foreach_copy_(self.ema, self.floating)
 
-    def files(self) -> list[Path]:
-        """What a run writes first and what nobody wants overwritten."""
-        return [self.last, self.previous, self.weights, self.best_weights]
 
-    def read(self, path: Path) -> dict[str, Any]:
-        saved = read_file(path, self.device if ranks() == 1 else "cpu")
-        if not {*COUNTERS, "settings", "about", "model", "optimizer", "ema", "random"} <= saved.keys():
-            raise InputError(f"{path} is not a file to resume from; train.py writes last.pt for that")
-        return saved
-
-    def resume(self, *, force: bool = False) -> Path | None:
-        """Takes up the newest readable checkpoint of the folder; None where there is none.
-
-        Raises:
-            InputError: there are checkpoints, and none can be read; or options changed.
-        """
-        there = from_first(lambda: [path for path in (self.last, self.previous) if path.exists()])
-        for path in there:
-            try:
-                saved = from_first(lambda path=path: self.read(path))
-            except InputError as error:
-                if path == there[-1]:
-                    raise
-                if is_first():
-                    print(f"warning: {error}. Going on with {there[-1]}", file=sys.stderr)
-                continue
-            self.take_up(path, saved, force=force)
-            if path != there[0] and is_first():  # or else the next save would put it over the one that can be read
-                os.replace(there[0], there[0].with_name(there[0].name + ".damaged"))
-            return path
-        return None
-
-
-class _PassLosses(nn.Module):
+class PassLosses(nn.Module):
     """A pass as one module, from batch to losses, for what wraps modules: compilation, distribution."""
 
     def __init__(self, part: Pass) -> None:
@@ -499,8 +348,7 @@ class _PassLosses(nn.Module):
 class Stop:
     """Asks a training to end after the step it is in: Ctrl-C, SIGTERM, or a limit of time.
 
-    A second Ctrl-C, some time after the first, ends it at once. Signals that come together are one: a cluster tells
-    every process, and so does torchrun.
+    A second Ctrl-C ends it at once. Signals that come together are one, and a cluster repeats SIGTERM.
     """
 
     TOGETHER_S = 2.0
@@ -522,70 +370,23 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: object) -> None:
-        if self.why:
-            if number == signal.SIGINT and time.monotonic() - self.since > self.TOGETHER_S:
-                raise KeyboardInterrupt
-            return
-        self.why, self.since = signal.Signals(number).name, time.monotonic()
-        say(f"{self.why}: stopping after this step", error=True)
+        if self.why and number == signal.SIGINT and time.monotonic() - self.since > self.TOGETHER_S:
+            raise KeyboardInterrupt
+        if not self.why:
+            self.why, self.since = signal.Signals(number).name, time.monotonic()
+            log(f"{self.why}: stopping after this step, and saving", error=True)
 
-    def asked(self) -> bool:
+    def is_asked(self) -> bool:
         if not self.why and time.monotonic() > self.deadline:
             self.why = "--max-minutes"
         return bool(self.why)
 
-
-def say(text: str, *, error: bool = False) -> None:
-    """Prints a line above the progress bar.
-
-    Where nobody reads any more, as `tee` does not after Ctrl-C, that costs the text and not the run.
-    """
-    with contextlib.suppress(OSError):
-        tqdm.write(text, file=_Patient(sys.stderr if error else sys.stdout))
+    def is_asked_anywhere(self, device: torch.device) -> bool:
+        """Whether any process is asked to stop: all of them stop after the same step."""
+        return any_rank(self.is_asked(), device)
 
 
-class _Patient:
-    """A stream whose reader may go: from then on what is written is dropped."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except BrokenPipeError:
-            # The descriptor, not the object: Python itself flushes at exit, and would fail then.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())
-            os.close(null)
-
-    def flush(self) -> None:
-        """All is written at once."""
-
-    def __eq__(self, other: object) -> bool:  # tqdm takes its bar away for what is written to the same stream
-        return self.stream is getattr(other, "stream", other)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def stop_now(stop: Stop, device: torch.device) -> bool:
-    """Whether any process is asked to stop: all of them stop after the same step."""
-    return any_rank(stop.asked(), device)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+def constant_patches(batch: Batch) -> int:
+    """How many patches of a batch have one level all over, in either image."""
+    images = [image.flatten(1) for image in (batch.vis, batch.ir)]
+    return int(torch.stack([image.amax(1) == image.amin(1) for image in images]).any(0).sum())

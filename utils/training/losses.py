@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
+import kornia.metrics
 import torch
 import torch.nn.functional as F
+from kornia.filters import spatial_gradient
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from utils.training.distributed import mean_over_ranks
 
 SSIM_FORMS = ("published", "standard")
-SSIM_BORDERS = ("reflect", "constant")  # as in `F.pad`; a constant border is 0
+SSIM_BORDERS = ("reflect", "constant", "valid")
 
-_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
-_C1, _C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 for a data range L of 1
-_CORRELATION_EPS = torch.finfo(torch.float32).eps
+_SSIM_BORDER = 5  # half the window
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -45,8 +43,8 @@ def _full_precision(function: Callable) -> Callable:
 def ssim_map(a: Tensor, b: Tensor, *, borders: str = "reflect") -> Tensor:
     """Structural similarity of every pixel: (B, C, H, W) twice -> (B, C, H, W) in [-1, 1].
 
-    Gaussian window of 11 taps and sigma 1.5, data range 1, biased second moments. Borders are reflected
-    (CDDFuse), or padded with zeros ("constant"; MLFuse).
+    Gaussian window of 11 taps and sigma 1.5, data range 1, biased second moments. Borders are reflected ("reflect";
+    CDDFuse), padded with zeros ("constant"; MLFuse), or left out ("valid": (B, C, H - 10, W - 10); TSDM-Fusion).
 
     Raises:
         ValueError: the shapes differ, a side is shorter than 6 (five pixels are reflected), or unknown borders.
@@ -54,20 +52,17 @@ def ssim_map(a: Tensor, b: Tensor, *, borders: str = "reflect") -> Tensor:
     Source:
         Wang, Bovik, Sheikh and Simoncelli, IEEE Trans. Image Process. 13(4), 2004.
     """
-    if a.shape != b.shape or min(a.shape[2:]) <= _SSIM_WINDOW // 2:
+    if a.shape != b.shape or min(a.shape[2:]) <= _SSIM_BORDER:
         raise ValueError(
-            f"SSIM needs two (B, C, H, W) of one shape with sides of at least {_SSIM_WINDOW // 2 + 1}, "
+            f"SSIM needs two (B, C, H, W) of one shape with sides of at least {_SSIM_BORDER + 1}, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     if borders not in SSIM_BORDERS:
         raise ValueError(f"borders must be one of {', '.join(SSIM_BORDERS)}, got {borders!r}")
-    batch, channels = a.shape[:2]
-    # The five moments are blurred as one stack, along rows and then along columns.
-    stack = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
-    mean_a, mean_b, aa, bb, ab = _gaussian_blur(stack, borders).view(5, batch, channels, *a.shape[2:])
-    luminance = (2 * mean_a * mean_b + _C1) / (mean_a.square() + mean_b.square() + _C1)
-    var_a, var_b, covariance = aa - mean_a.square(), bb - mean_b.square(), ab - mean_a * mean_b
-    return luminance * (2 * covariance + _C2) / (var_a + var_b + _C2)
+    if borders == "constant":  # kornia reflects or leaves out; what it leaves out of a padded image is the padding
+        a, b = (F.pad(image, (_SSIM_BORDER,) * 4) for image in (a, b))
+    padding = "same" if borders == "reflect" else "valid"
+    return kornia.metrics.ssim(a, b, 2 * _SSIM_BORDER + 1, padding=padding, eps=0.0)
 
 
 @_full_precision
@@ -89,70 +84,32 @@ def ssim_loss(a: Tensor, b: Tensor, *, form: str = "published") -> Tensor:
 
 
 @_full_precision
-def spatial_gradient(image: Tensor) -> Tensor:
-    """Normalised Sobel gradient with replicated borders: (B, 1, H, W) -> (B, 2, H, W), d/dx then d/dy."""
-    return F.conv2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), _sobel(image) / 8)
-
-
-@_full_precision
 def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of the spatial gradients of two images."""
+    """Mean absolute difference of the normalised Sobel gradients of two images, borders replicated."""
     return F.l1_loss(spatial_gradient(a), spatial_gradient(b))
 
 
 @_full_precision
 def sobel_magnitude(image: Tensor) -> Tensor:
-    """|Gx| + |Gy| with un-normalised Sobel kernels: (B, 1, H, W) -> (B, 1, H, W), values >= 0.
+    """|Gx| + |Gy| with un-normalised Sobel kernels: (B, C, H, W) -> (B, C, H, W), values >= 0.
 
     Borders are padded with zeros, as published, so a bright border reads as an edge.
     """
-    return F.conv2d(image, _sobel(image), padding=1).abs().sum(dim=1, keepdim=True)
+    padded = F.pad(image, (1, 1, 1, 1))  # kornia replicates borders: those of the padding, which are cut off again
+    return spatial_gradient(padded, normalized=False)[..., 1:-1, 1:-1].abs().sum(dim=2)
 
 
+@_full_precision
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson correlation over space of each channel of two feature maps, the mean over batch and channels.
 
     CC(a, b) in the paper. (B, C, H, W) twice -> 0-d in [-1, 1]. A constant channel counts as 0. In a distributed
     run the mean is over the batches of all processes.
     """
-    with torch.autocast(a.device.type, enabled=False):
-        # Pixels first: a view of feature maps in channels-last.
-        a, b = (x.permute(0, 2, 3, 1).flatten(1, 2) for x in (a, b))
-        return mean_over_ranks(_ChannelCorrelation.apply(a, b).clamp(-1, 1).mean())
-
-
-class _ChannelCorrelation(torch.autograd.Function):
-    """Correlation over dimension 1 of (B, N, C) twice -> (B, C), in float32 at least.
-
-    With the gradient in closed form, a third of the passes over the feature maps of the recorded formula:
-    d r / d a = b' / (|a'| |b'|) - r a' / |a'|^2, where ' marks what is left of a map when its mean is taken off.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        wide = torch.promote_types(a.dtype, torch.float32)
-        mean_a, mean_b = (x.mean(dim=1, keepdim=True, dtype=wide) for x in (a, b))
-        centred_a, centred_b = a - mean_a, b - mean_b
-        norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1) for x in (centred_a, centred_b))
-        scale = 1 / (_CORRELATION_EPS + norm_a * norm_b)
-        correlations = torch.linalg.vecdot(centred_a, centred_b, dim=1) * scale
-        ctx.save_for_backward(a, b, mean_a, mean_b, norm_a, norm_b, scale, correlations)
-        return correlations
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, mean_a, mean_b, norm_a, norm_b, scale, correlations = ctx.saved_tensors
-        cross = gradient * scale
-
-        def towards(x: Tensor, mean_x: Tensor, norm_x: Tensor, y: Tensor, mean_y: Tensor, norm_y: Tensor) -> Tensor:
-            # A constant channel has no direction: its own term is nothing, not a division by zero.
-            own = torch.where(norm_x > 0, cross * correlations * norm_y / norm_x, 0)
-            shift = (own[:, None] * mean_x).sub_(cross[:, None] * mean_y)
-            return (y * cross[:, None]).sub_(x * own[:, None]).add_(shift).to(x.dtype)
-
-        one, other = (a, mean_a, norm_a), (b, mean_b, norm_b)
-        return towards(*one, *other), towards(*other, *one)
+    a, b = (x - x.mean(dim=(2, 3), keepdim=True) for x in (a, b))
+    norms = torch.linalg.vector_norm(a, dim=(2, 3)) * torch.linalg.vector_norm(b, dim=(2, 3))
+    correlations = (a * b).sum(dim=(2, 3)) / (torch.finfo(torch.float32).eps + norms)
+    return mean_over_ranks(correlations.clamp(-1, 1).mean())
 
 
 def decomposition_loss(base_vis: Tensor, base_ir: Tensor, detail_vis: Tensor, detail_ir: Tensor) -> dict[str, Tensor]:
@@ -263,21 +220,3 @@ def multi_branch_loss(
         "cross": F.mse_loss(cross, vis) + F.mse_loss(cross, ir),
         "fusion": fused_ssim_loss(vis, ir, fused, borders="constant") / 20,
     }
-
-
-def _sobel(like: Tensor) -> Tensor:
-    """Sobel kernels for d/dx and d/dy (cross-correlation), (2, 1, 3, 3), on the image's device."""
-    # Made on the device: a copy of numbers would make a GPU wait for the host.
-    slope = torch.arange(-1, 2, dtype=like.dtype, device=like.device)
-    kernel = (2 - slope.square())[:, None] * slope
-    return torch.stack([kernel, kernel.T])[:, None]
-
-
-def _gaussian_blur(image: Tensor, borders: str) -> Tensor:
-    """Separable Gaussian: (N, 1, H, W) -> (N, 1, H, W)."""
-    radius = _SSIM_WINDOW // 2
-    taps = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
-    window = torch.exp(-taps.square() / (2 * _SSIM_SIGMA**2))
-    window = (window / window.sum()).view(1, 1, 1, -1)
-    padded = F.pad(image, (radius,) * 4, mode=borders)
-    return F.conv2d(F.conv2d(padded, window), window.transpose(2, 3))

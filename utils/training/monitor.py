@@ -1,7 +1,8 @@
-"""What a training shows of itself: scores on held-out pairs, panels to look at, curves for TensorBoard."""
+"""What a training shows of itself: lines, scores on validation pairs, panels to look at, curves for TensorBoard."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.data.images import grey_of, one_below_another, side_by_side, to_uint8
 from utils.data.patches import Batch, HeldOut
@@ -25,8 +27,22 @@ if TYPE_CHECKING:
 PANEL_PAIRS = 4
 
 
+def log(text: str, *, error: bool = False) -> None:
+    """Prints a line above the progress bar.
+
+    Where nobody reads any more, as `tee` does not after Ctrl-C, that costs the text and not the run.
+    """
+    stream = sys.stderr if error else sys.stdout
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        # The descriptor, not the object: Python itself flushes at exit, and would fail then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Validation(NamedTuple):
-    """Means over the held-out pairs: the stage's loss terms, and the metrics of the table (protocol `paper`)."""
+    """Means over the validation pairs: the stage's loss terms, and the metrics of the table (protocol `paper`)."""
 
     losses: dict[str, float]
     metrics: dict[str, float]
@@ -96,43 +112,27 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.nd
     try:
         maps = model.features(to_network(vis, device), to_network(ir, device))
     except torch.OutOfMemoryError:
-        print(f"warning: {device} has no memory for the features of a pair; they are not drawn", file=sys.stderr)
+        log(f"warning: {device} has no memory for the features of a pair; they are not drawn", error=True)
         return {}
     return {name: _stretched(value) for name, value in maps.items()}
 
 
-class Curves:
-    """Curves for TensorBoard in a folder; does nothing where the package `tensorboard` is not installed."""
+def open_curves(folder: Path, step: int) -> Any:
+    """A writer of curves for TensorBoard in a folder; None where the package `tensorboard` is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)  # drops what a killed run wrote beyond its last checkpoint
 
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.writer = None
+
+def add_scalars(curves: Any, step: int, groups: Mapping[str, Any]) -> None:
+    """Writes every number of nested dicts under its path, e.g. losses/gradient."""
+    for name, value in groups.items():
+        if isinstance(value, Mapping):
+            add_scalars(curves, step, {f"{name}/{key}": inner for key, inner in value.items()})
         else:
-            # What a run that was killed wrote beyond its last checkpoint is dropped.
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def scalars(self, step: int, groups: Mapping[str, Any]) -> None:
-        """Writes every number of nested dicts under its path, e.g. losses/gradient."""
-        if self.writer is None:
-            return
-        for name, value in groups.items():
-            if isinstance(value, Mapping):
-                self.scalars(step, {f"{name}/{key}": inner for key, inner in value.items()})
-            else:
-                self.writer.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        if self.writer is not None:
-            self.writer.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
-
-    def __enter__(self) -> Curves:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+            curves.add_scalar(name, value, step)
 
 
 def _stretched(maps: Tensor) -> np.ndarray:

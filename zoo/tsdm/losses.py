@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from kornia.color import rgb_to_y
 from torch import Tensor, nn
 
 from utils.common import InputError, listed
@@ -16,21 +17,17 @@ from utils.inference.checkpoint import read_file
 from utils.training.distributed import mean_over_ranks
 from utils.training.losses import ssim_map
 
-_SSIM_BORDER = 5  # half the window: what is nearer to the border has seen padding
-
 
 def luma(image: Tensor) -> Tensor:
-    """0.299 R + 0.587 G + 0.114 B: (B, 3, H, W) -> (B, 1, H, W); a grey image is returned as it is."""
-    if image.shape[1] == 1:
-        return image
-    r, g, b = image.split(1, dim=1)
-    return 0.299 * r + 0.587 * g + 0.114 * b
+    """Luminance as in YCbCr: (B, 3, H, W) -> (B, 1, H, W); a grey image is returned as it is."""
+    return image if image.shape[1] == 1 else rgb_to_y(image)
 
 
 def with_luma(image: Tensor, y: Tensor) -> Tensor:
     """A colour image with its luminance replaced: (B, 3, H, W) and (B, 1, H, W) -> (B, 3, H, W), not clamped.
 
-    The published constants of YCbCr are rounded; with the image's own luminance they are off by up to 2.82e-4.
+    The published constants of YCbCr are rounded, and kornia's are not; with the image's own luminance they are off by
+    up to 2.82e-4.
     """
     r, _, b = image.split(1, dim=1)
     own = luma(image)
@@ -40,8 +37,7 @@ def with_luma(image: Tensor, y: Tensor) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Mean structural similarity of windows that lie wholly in the image, sides of at least 11. Not a loss."""
-    inner = slice(_SSIM_BORDER, -_SSIM_BORDER)
-    return ssim_map(a, b)[..., inner, inner].mean()
+    return ssim_map(a, b, borders="valid").mean()
 
 
 def laplacian_loss(a: Tensor, b: Tensor) -> Tensor:
