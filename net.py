@@ -370,8 +370,12 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = conv3x3(in_channels, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _channels_last(self.proj(x))
+    def forward(self, image: Tensor) -> Tensor:
+        if image.ndim != 4 or min(image.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(
+                f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(image.shape)}"
+            )
+        return _channels_last(self.proj(image))
 
 
 def restormer_blocks(count: int, dim: int, heads: int, expansion: float) -> nn.Sequential:
@@ -412,10 +416,6 @@ class Restormer_Encoder(nn.Module):
         self.detailFeature = DetailFeatureExtraction(dim=dim)
 
     def forward(self, inp_img: Tensor) -> Features:
-        if inp_img.ndim != 4 or min(inp_img.shape[2:]) < SMALLEST_SIDE:
-            raise ValueError(
-                f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(inp_img.shape)}"
-            )
         shallow = self.encoder_level1(self.patch_embed(inp_img))
         return Features(self.baseFeature(shallow), self.detailFeature(shallow), shallow)
 

@@ -84,7 +84,8 @@ class AttentionalFusion(nn.Module):
 
     def sums(self, a: Tensor, b: Tensor, inside: net.Inside) -> tuple[Tensor, Tensor]:
         total = (a + b)[inside]
-        return total.sum(dim=(2, 3), dtype=torch.float32), total.new_tensor(total.shape[2:].numel())
+        exact = torch.promote_types(total.dtype, torch.float32)
+        return total.sum(dim=(2, 3), dtype=exact), total.new_tensor(total.shape[2:].numel(), dtype=exact)
 
     def context(self, total: Tensor, pixels: Tensor) -> Tensor:
         mean = (total / pixels)[:, :, None, None]
