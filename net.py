@@ -7,25 +7,22 @@ high-frequency *detail* features (particular to each), fuses the two kinds apart
     model = CDDFuse()
     fused = model(vis, ir)  # (B, 1, H, W) each, values in [0, 1]
 
-Class names, constructor arguments, call signatures and attribute names of the four networks are those of the
-published code, typos included: code elsewhere imports the names, and published checkpoints hold the attribute
-names as keys. What is inside was written for this project from the paper and the published tensor shapes.
+Names of classes, arguments and attributes of the four networks are those of the published code, typos included:
+other code imports them, and published checkpoints hold them as keys. What is inside was written for this project from
+the paper and the published tensor shapes.
 
 Shapes: B batch, C = 64 channels, H and W any size from 2 x 2 up, G = 8 heads of C / G channels. Feature maps are
-(B, C, H, W) in channels-last memory: every layer norm, 1x1 convolution and attention product then is a matrix
-product over pixels, without a copy.
+(B, C, H, W) in channels-last memory: layer norms, 1x1 convolutions and attention products then need no copy.
 
-Tiles: the only quantities that span an image are sums over pixels, in channel attention. So a block with attention
-offers, beside `forward`, what it takes to get the same result tile by tile: `sums` of a tile, the `context` that
-the sums of all tiles give, and `local`, the rest. A module without them works on a tile as on an image. `halo` says
-how many pixels beside a tile are needed.
+Tiles: only channel attention spans an image, by sums over pixels. So a block with attention offers, beside `forward`,
+`sums` of a tile, the `context` that the sums of all tiles give, and `local`, the rest. `halo` says how many pixels
+beside a tile are needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,34 +32,25 @@ from torch import Tensor, nn
 SMALLEST_SIDE = 2  # the detail branch pads by reflection, which needs a neighbour to reflect
 SKIPS = ("vis", "sum", "none")
 
-Inside = tuple[EllipsisType, slice, slice]  # the pixels of a tile without its halo, as an index
+Inside = tuple[Any, slice, slice]  # the pixels of a tile without its halo, as an index
 
 
-class Features(NamedTuple):
-    """What the encoder makes of one image, each (B, 64, H, W)."""
-
+class Features(NamedTuple):  # of one image, each (B, 64, H, W)
     base: Tensor
     detail: Tensor
     shallow: Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Channel attention: channels attend to channels of their head, compared over all pixels of the image
-# ---------------------------------------------------------------------------------------------------------
+# Channel attention: channels attend to channels of their head, compared over all pixels of the image.
 
 
 def attention_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """What channel attention has to know of the whole image: sums over pixels, which may be added up over tiles.
+    """Queries and keys, (B, C, H, W) each -> q k^T, (B, C, C), and the squares of q and k, (B, 2C), summed over pixels.
 
-    Args:
-        q, k: queries and keys, (B, C, H, W) each.
-
-    Returns:
-        Products q k^T, (B, C, C), and the squared norms of q and of k, (B, 2C); at least float32.
+    Both are at least float32, and may be added up over tiles.
     """
     q, k = (rearrange(x, "b c h w -> b (h w) c") for x in (q, k))
-    # All C x C products at once, though only those within a head are used: one well-shaped matrix product is faster
-    # than G thin ones.
+    # All C x C products, though only those within a head are used: one matrix product is faster than G thin ones.
     products = _at_least_float32(q.transpose(1, 2) @ k)
     # Squares of half-precision numbers are added up in float32; vector_norm takes several times as long.
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -70,16 +58,7 @@ def attention_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_matrix(products: Tensor, squares: Tensor, temperature: Tensor) -> Tensor:
-    """Softmax attention between the channels of each head, all heads in one matrix.
-
-    Args:
-        products, squares: of the whole image, from `attention_sums`.
-        temperature: learned scale of each head, (G, 1, 1).
-
-    Returns:
-        (B, C, C), zero between heads, rows sum to one. Queries and keys are normalised over pixels, so what enters
-        the softmax are cosines times the temperature.
-    """
+    """`attention_sums` -> softmax of cosines times temperature (G, 1, 1): (B, C, C), zero between heads."""
     # A root has an infinite slope at 0, where F.normalize, the published form, has none. Black images lead there.
     norms = torch.where(squares > 0, squares, 1e-24).sqrt().clamp_min(1e-12)
     q_norm, k_norm = norms.chunk(2, dim=1)
@@ -88,12 +67,6 @@ def attention_matrix(products: Tensor, squares: Tensor, temperature: Tensor) -> 
     head = torch.arange(channels, device=cosines.device) // (channels // heads)
     scaled = cosines * temperature.flatten()[head, None]
     return scaled.masked_fill(head[:, None] != head, -torch.inf).softmax(dim=-1)
-
-
-def mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
-    """matrix @ x at each pixel: (B, C, C) and (B, C, H, W) -> (B, C, H, W)."""
-    mixed = rearrange(x, "b c h w -> b (h w) c") @ matrix.transpose(1, 2).to(x.dtype)
-    return mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class ChannelAttention(nn.Module):
@@ -117,17 +90,16 @@ class ChannelAttention(nn.Module):
     def context(self, *sums: Tensor) -> Tensor:
         attention = attention_matrix(*sums, self.temperature)
         # Attention and projection are one matrix: project(attention @ v) = (project @ attention) @ v.
-        return (
-            self.project_out.weight.flatten(1).to(attention.dtype) @ attention
-            if is_plain(self.project_out)
-            else attention
-        )
+        if not is_plain(self.project_out):
+            return attention
+        return self.project_out.weight.flatten(1).to(attention.dtype) @ attention
 
     def local(self, x: Tensor, matrix: Tensor) -> Tensor:
         return self.attend(self.qkv_maps(x, slice(2 * x.shape[1], None)), matrix)
 
     def attend(self, v: Tensor, matrix: Tensor) -> Tensor:
-        mixed = mix_channels(matrix, v)
+        mixed = rearrange(v, "b c h w -> b (h w) c") @ matrix.transpose(1, 2).to(v.dtype)
+        mixed = mixed.unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
         return mixed if is_plain(self.project_out) else self.project_out(mixed)
 
 
@@ -164,15 +136,9 @@ class BaseAttention(ChannelAttention):
     def qkv_maps(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
         if not is_plain(self.qkv1, self.qkv2):
             return self.qkv2(self.qkv1(x))[:, channels]
-        # Nothing stands between the two convolutions, so they are one 3x3 convolution from C to 3C: a third
-        # of the work, the same function and, through this product, the same gradient.
+        # Both together are one 3x3 convolution from C to 3C: a third of the work, with the same gradient.
         weight = torch.einsum("omyx,mi->oiyx", self.qkv2.weight[channels], self.qkv1.weight.flatten(1))
         return F.conv2d(x, _channels_last(weight), padding=1)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Blocks
-# ---------------------------------------------------------------------------------------------------------
 
 
 def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -185,11 +151,11 @@ def conv3x3(in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
 
 def is_plain(*convs: nn.Module) -> bool:
     """Whether convolutions do what their weights say and no more: without bias, hooks, or a module in their place."""
-    for conv in convs:
-        hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-        if type(conv) is not nn.Conv2d or conv.bias is not None or any(hooks):  # a parametrised one has another type
-            return False
-    return True
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return all(  # a parametrised convolution has another type
+        type(conv) is nn.Conv2d and conv.bias is None and not any(getattr(conv, name) for name in hooks)
+        for conv in convs
+    )
 
 
 class PixelNorm(nn.Module):
@@ -213,7 +179,7 @@ class PairConv2d(nn.Conv2d):
         if not torch.is_grad_enabled():
             return super().forward(x)
         # A CPU's backward pass of small groups is slow, in bfloat16 25 times slower than that of single channels. So
-        # each channel is convolved by itself and added to the other one of its pair, convolved by itself.
+        # each channel of a pair is convolved by itself, once for either output.
         to_same, to_other = rearrange(self.weight, "(g o) i y x -> i g o y x", o=2)  # by input channel of the pair
         own = torch.stack([to_same[:, 0], to_other[:, 1]], dim=1).flatten(0, 1)[:, None]
         cross = torch.stack([to_other[:, 0], to_same[:, 1]], dim=1).flatten(0, 1)[:, None]
@@ -254,15 +220,12 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.norm2(x))
 
     def sums(self, x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
-        """What has to be added up over tiles, of the pixels `inside` a tile (B, C, h, w)."""
         return self.attn.sums(self.norm1(x), inside)
 
     def context(self, *sums: Tensor) -> Tensor:
-        """The sums of a whole image -> its attention, (B, C, C)."""
         return self.attn.context(*sums)
 
     def local(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """The rest, a function of a tile and its halo: (B, C, h, w) and the context -> (B, C, h, w)."""
         x = x + self.attn.local(self.norm1(x), matrix)
         return x + self.ffn(self.norm2(x))
 
@@ -279,15 +242,16 @@ class RestormerBlock(TransformerBlock):
 class BaseFeatureExtraction(TransformerBlock):
     """Base branch ("Lite Transformer" in the paper): long-range, low-frequency features. (B, C, H, W) -> same.
 
-    In the published code it is channel attention behind a full convolution, not the long-short range
-    attention of Lite Transformer. Its feed-forward convolves in groups of two channels, not one.
+    The published code has channel attention behind a full convolution, not Lite Transformer's. Its feed-forward
+    convolves in groups of two channels, not one.
     """
 
     ffn = property(lambda self: self.mlp)  # another name in published files
 
     def __init__(self, dim: int, num_heads: int, ffn_expansion_factor: float = 1.0, qkv_bias: bool = False) -> None:
         super().__init__(dim, BaseAttention(dim, num_heads))
-        _check_published(qkv_bias=(qkv_bias, False))
+        if qkv_bias:
+            raise ValueError("qkv_bias must be False, as in every published network")
         hidden = int(dim * ffn_expansion_factor)
         self.mlp = GatedFeedForward(dim, hidden, PairConv2d(2 * hidden))
 
@@ -333,8 +297,7 @@ class Coupling(nn.Module):
     def couple(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, C, H, W) twice -> both changed, stacked along channels, (B, 2C, H, W)."""
         second = second + self.theta_phi(first)
-        # The exponent is not bounded by anything, so it is taken in at least float32.
-        gain = _at_least_float32(self.theta_rho(second)).exp().to(second.dtype)
+        gain = _at_least_float32(self.theta_rho(second)).exp().to(second.dtype)  # nothing bounds the exponent
         return torch.cat([first * gain + self.theta_eta(second), second], dim=1)
 
 
@@ -362,7 +325,7 @@ class DetailFeatureExtraction(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """3x3 convolution from the image to C channels: (B, I, H, W) -> (B, C, H, W)."""
+    """3x3 convolution from the image to C channels."""
 
     halo = 1
 
@@ -371,31 +334,14 @@ class PatchEmbedding(nn.Module):
         self.proj = conv3x3(in_channels, dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        if image.ndim != 4 or min(image.shape[2:]) < SMALLEST_SIDE:
-            raise ValueError(
-                f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {tuple(image.shape)}"
-            )
+        shape = tuple(image.shape)
+        if len(shape) != 4 or min(shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(f"images must be (B, C, H, W) with H and W at least {SMALLEST_SIDE}, got {shape}")
         return _channels_last(self.proj(image))
 
 
-def restormer_blocks(count: int, dim: int, heads: int, expansion: float) -> nn.Sequential:
-    return nn.Sequential(*(RestormerBlock(dim, heads, expansion) for _ in range(count)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The published networks, and the system
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Restormer_Encoder(nn.Module):
-    """Image -> (base, detail, shallow): (B, 1, H, W) in [0, 1] -> three times (B, 64, H, W).
-
-    The arguments are the published ones; `out_channels`, `num_blocks[1]` and `heads[1]` have no effect there
-    or here, and `heads[2]` is the base branch's.
-
-    Raises:
-        ValueError: not (B, C, H, W), or a side is shorter than 2.
-    """
+class PublishedNetwork(nn.Module):
+    """The constructor of encoder and decoder, with the published arguments."""
 
     def __init__(
         self,
@@ -409,9 +355,23 @@ class Restormer_Encoder(nn.Module):
         LayerNorm_type: str = "WithBias",
     ) -> None:
         super().__init__()
-        _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
+        if bias or LayerNorm_type != "WithBias":
+            raise ValueError("bias must be False and LayerNorm_type 'WithBias', as in every published network")
+        self.build(inp_channels, out_channels, dim, num_blocks, heads, ffn_expansion_factor)
+
+
+class Restormer_Encoder(PublishedNetwork):
+    """Image -> (base, detail, shallow): (B, 1, H, W) in [0, 1] -> three times (B, 64, H, W).
+
+    `out_channels`, `num_blocks[1]` and `heads[1]` have no effect, as published; `heads[2]` is the base branch's.
+
+    Raises:
+        ValueError: not (B, C, H, W), or a side is shorter than 2.
+    """
+
+    def build(self, inp_channels, out_channels, dim, num_blocks, heads, growth) -> None:
         self.patch_embed = PatchEmbedding(inp_channels, dim)
-        self.encoder_level1 = restormer_blocks(num_blocks[0], dim, heads[0], ffn_expansion_factor)
+        self.encoder_level1 = nn.Sequential(*(RestormerBlock(dim, heads[0], growth) for _ in range(num_blocks[0])))
         self.baseFeature = BaseFeatureExtraction(dim, heads[2])
         self.detailFeature = DetailFeatureExtraction(dim=dim)
 
@@ -420,28 +380,16 @@ class Restormer_Encoder(nn.Module):
         return Features(self.baseFeature(shallow), self.detailFeature(shallow), shallow)
 
 
-class Restormer_Decoder(nn.Module):
+class Restormer_Decoder(PublishedNetwork):
     """(image or None, base, detail) -> (fused, reduced): (B, 1, H, W) in [0, 1] and (B, 64, H, W).
 
     An image is added before the sigmoid. `reduced` is the merged feature before the blocks, as published.
-    Of the published arguments `inp_channels`, `num_blocks[0]` and `heads[0]` have no effect.
+    `inp_channels`, `num_blocks[0]` and `heads[0]` have no effect, as published.
     """
 
-    def __init__(
-        self,
-        inp_channels: int = 1,
-        out_channels: int = 1,
-        dim: int = 64,
-        num_blocks: Sequence[int] = (4, 4),
-        heads: Sequence[int] = (8, 8, 8),
-        ffn_expansion_factor: float = 2,
-        bias: bool = False,
-        LayerNorm_type: str = "WithBias",
-    ) -> None:
-        super().__init__()
-        _check_published(bias=(bias, False), LayerNorm_type=(LayerNorm_type, "WithBias"))
+    def build(self, inp_channels, out_channels, dim, num_blocks, heads, growth) -> None:
         self.reduce_channel = conv1x1(2 * dim, dim)
-        self.encoder_level2 = restormer_blocks(num_blocks[1], dim, heads[1], ffn_expansion_factor)
+        self.encoder_level2 = nn.Sequential(*(RestormerBlock(dim, heads[1], growth) for _ in range(num_blocks[1])))
         self.output = nn.Sequential(conv3x3(dim, dim // 2), nn.LeakyReLU(0.01), conv3x3(dim // 2, out_channels))
         self.output.halo = 2
 
@@ -450,12 +398,10 @@ class Restormer_Decoder(nn.Module):
         return self.add_image(inp_img, self.output(self.encoder_level2(reduced))), reduced
 
     def reduce(self, base: Tensor, detail: Tensor) -> Tensor:
-        """Both features -> one: (B, 64, H, W) twice -> the same shape."""
         return self.reduce_channel(torch.cat([base, detail], dim=1))
 
     @staticmethod
     def add_image(image: Tensor | None, residual: Tensor) -> Tensor:
-        """What `output` makes, and the decoder's image -> fused, (B, 1, H, W)."""
         residual = _at_least_float32(residual)
         return torch.sigmoid(residual if image is None else residual + image)
 
@@ -463,13 +409,10 @@ class Restormer_Decoder(nn.Module):
 class CDDFuse(nn.Module):
     """The whole system: one encoder for both modalities, two fusion layers, one decoder."""
 
-    # Name in a published checkpoint -> attribute.
-    published_networks = {
-        "DIDF_Encoder": "encoder",
-        "DIDF_Decoder": "decoder",
-        "BaseFuseLayer": "base_fusion",
-        "DetailFuseLayer": "detail_fusion",
-    }
+    published_networks = {  # name in a published checkpoint -> attribute
+        "DIDF_Encoder": "encoder", "DIDF_Decoder": "decoder",
+        "BaseFuseLayer": "base_fusion", "DetailFuseLayer": "detail_fusion",
+    }  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -482,17 +425,8 @@ class CDDFuse(nn.Module):
         """The same as `fuse`, so that the system may be wrapped: DataParallel, torch.compile."""
         return self.fuse(vis, ir, skip)
 
-    def encode(self, image: Tensor) -> Features:
-        """(B, 1, H, W) in [0, 1] -> base, detail and shallow features, each (B, 64, H, W)."""
-        return self.encoder(image)
-
     def reconstruct(self, image: Tensor, with_image: bool = True) -> Tensor:
-        """Encodes and decodes one image: (B, 1, H, W) in [0, 1] -> the same shape and range.
-
-        Args:
-            image: the image.
-            with_image: whether the decoder is given the image itself, as the published training does.
-        """
+        """Encodes and decodes one image, (B, 1, H, W) in [0, 1]; the decoder is given it, too, as published, or not."""
         base, detail, _ = self.encoder(image)
         return self.decoder(image if with_image else None, base, detail)[0]
 
@@ -500,25 +434,21 @@ class CDDFuse(nn.Module):
         """Fuses two aligned images of one size: (B, 1, H, W) in [0, 1] each -> the same shape and range.
 
         Args:
-            vis: visible image, or MRI.
-            ir: infrared image, or CT, PET, SPECT.
-            skip: what the decoder adds before its sigmoid: "vis" (published for infrared-visible images),
-                "sum" of both (published for medical images with infrared-visible weights) or "none"
-                (published for medical weights).
+            vis, ir: visible and infrared image; or MRI and CT, PET or SPECT.
+            skip: what the decoder adds before its sigmoid: "vis" (published for infrared-visible images), "sum" of both
+                (for medical images with infrared-visible weights) or "none" (for medical weights).
 
         Raises:
             ValueError: the shapes differ, a side is shorter than 2, or `skip` is unknown.
         """
         check_sources(vis, ir)
-        # One pass over both modalities: the encoder is shared, and the larger batch keeps the machine busy.
         base, detail, _ = self.encoder(torch.cat([vis, ir]))
         return self.decode_fused(vis, ir, base, detail, skip)
 
     def decode_fused(self, vis: Tensor, ir: Tensor, base: Tensor, detail: Tensor, skip: str = "vis") -> Tensor:
         """The second half of `fuse`: features of vis and ir, stacked along the batch (2B, 64, H, W) -> fused."""
-        image = decoder_image(vis, ir, skip)
         base, detail = self.base_fusion(sum_of_both(base)), self.detail_fusion(sum_of_both(detail))
-        return self.decoder(image, base, detail)[0]
+        return self.decoder(decoder_image(vis, ir, skip), base, detail)[0]
 
 
 def sum_of_both(features: Tensor) -> Tensor:
@@ -534,11 +464,7 @@ def check_sources(vis: Tensor, ir: Tensor) -> None:
 
 
 def decoder_image(vis: Tensor, ir: Tensor, skip: str) -> Tensor | None:
-    """What a decoder adds before its sigmoid: an image of the shape of vis and ir, or none.
-
-    Raises:
-        ValueError: `skip` is not one of `SKIPS`.
-    """
+    """What a decoder adds before its sigmoid, by one of `SKIPS`, else a ValueError: an image like vis, or none."""
     if skip not in SKIPS:
         raise ValueError(f"skip must be one of {', '.join(SKIPS)}, got {skip!r}")
     if skip == "none":
@@ -552,10 +478,3 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _check_published(**arguments: tuple[object, object]) -> None:
-    """Refuses arguments that the published classes take but no published network uses: name=(given, published)."""
-    for name, (given, published) in arguments.items():
-        if given != published:
-            raise ValueError(f"{name} must be {published!r}, as in every published network, got {given!r}")

@@ -52,7 +52,7 @@ def model() -> net.CDDFuse:
 def outputs(model: net.CDDFuse) -> dict[str, torch.Tensor]:
     vis, ir = formula_image(0), formula_image(1)
     with torch.no_grad():
-        vis_features, ir_features = model.encode(vis), model.encode(ir)
+        vis_features, ir_features = model.encoder(vis), model.encoder(ir)
         base = model.base_fusion(vis_features.base + ir_features.base)
         detail = model.detail_fusion(vis_features.detail + ir_features.detail)
         return {
@@ -130,7 +130,7 @@ def test_any_size_from_2x2_works(model, size):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (1, 1, 8, 1), (1, 8, 8)])
 def test_smaller_images_are_refused_by_name(model, shape):
     with pytest.raises(ValueError, match="at least 2"):
-        model.encode(torch.zeros(shape))
+        model.encoder(torch.zeros(shape))
 
 
 def test_sources_of_two_shapes_are_refused(model):
@@ -339,7 +339,7 @@ def test_forward_equals_the_published_networks_on_real_images(published_outputs,
     vis, ir = (torch.from_numpy(wanted[f"{case}.{n}"]).to(dtype).view(1, 1, *wanted[f"{case}.vis"].shape[-2:])
                for n in ("vis", "ir"))  # fmt: skip
     with torch.no_grad():
-        vis_features, ir_features = model.encode(vis), model.encode(ir)
+        vis_features, ir_features = model.encoder(vis), model.encoder(ir)
         sparse = {
             "vis_base": vis_features.base,
             "vis_detail": vis_features.detail,

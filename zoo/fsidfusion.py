@@ -122,7 +122,7 @@ class PairEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch_embed = net.PatchEmbedding(1, CHANNELS)
-        self.encoder_level1 = net.restormer_blocks(4, CHANNELS, heads=8, expansion=2)
+        self.encoder_level1 = nn.Sequential(*(net.RestormerBlock(CHANNELS, heads=8, expansion=2) for _ in range(4)))
         self.baseFeature_vis = net.BaseFeatureExtraction(CHANNELS, num_heads=8)
         self.baseFeature_ir = net.BaseFeatureExtraction(CHANNELS, num_heads=8)
         self.detailFeature_vis = net.DetailFeatureExtraction()
