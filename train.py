@@ -140,7 +140,7 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     check_patches(options, system, dataset, data)
     settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
     settings |= {"patches": len(dataset), "patches_hash": dataset.digest}
-    facts = {"data": data.name, "init": str(args.init or args.init_partial or ""), "commit": git_commit(),
+    facts = {"data": data.name, "init": getattr(args.init or args.init_partial, "name", ""), "commit": git_commit(),
              "recipe": args.recipe}  # fmt: skip
 
     torch.manual_seed(options.seed)
