@@ -117,9 +117,10 @@ def train(args: argparse.Namespace, system: type) -> int:
                 error=True,
             )
         elif is_first():
+            weights = " ".join(str(path) for path in (run.weights, run.best_weights) if path.exists())
             log(
-                f"{run.weights}: {run.epochs} epochs done; score it with "
-                f"`python test_{args.task.upper()}.py --system {args.system} --weights {run.weights}`"
+                f"{run.epochs} epochs done; score the weights with `python test_{args.task.upper()}.py "
+                f"--system {args.system} --weights {weights} --out {run.out / 'test_result'}`"
             )
     return EXIT_UNFINISHED if run.epoch < run.epochs else 0
 

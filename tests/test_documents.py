@@ -47,10 +47,16 @@ def test_options_of_each_command_are_accepted(command, monkeypatch):
         importlib.import_module(module).main(arguments)
 
 
-# The Chinese page has the snippets of the English one; tests/tools/test_export.py runs that of deployment.md, and
+# The Chinese pages have the snippets of the English ones; tests/tools/test_export.py runs that of deployment.md, and
 # tests/training/test_extending.py those of extending.md.
-OTHERS = ("README.zh-CN.md", "deployment.md", "extending.md")
+OTHERS = (*(page.name for page in PAGES if "zh-CN" in page.name), "deployment.md", "extending.md")
 SNIPPETS = {block: page.name for page in PAGES if page.name not in OTHERS for block in blocks(page, "python")}
+
+
+def test_snippets_of_the_chinese_pages_are_those_of_the_english_ones():
+    code = {re.sub(r"#.*", "", block) for block in SNIPPETS}
+    for page in PAGES:
+        assert "zh-CN" not in page.name or {re.sub(r"#.*", "", block) for block in blocks(page, "python")} <= code, page
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=SNIPPETS.values())

@@ -202,7 +202,7 @@ def test_too_little_memory_names_what_may_fit(has_bfloat16, advice, patch_file, 
     assert "--batch-size 8, 8 pixels a side; try a smaller --batch-size or " + advice in capsys.readouterr().err
 
 
-def test_validation_pairs_choose_the_best_weights_and_are_shown(patch_file, tmp_path, monkeypatch):
+def test_validation_pairs_choose_the_best_weights_and_are_shown(patch_file, tmp_path, monkeypatch, capsys):
     losses = iter([0.5, 0.3, 0.4])
     validate = train.validate
 
@@ -215,6 +215,9 @@ def test_validation_pairs_choose_the_best_weights_and_are_shown(patch_file, tmp_
     out = tmp_path / "run"
     argv = arguments(patch_file, out, "--stage1-epochs", "0", "--stage2-epochs", "3", "--epoch-batches", "1")
     assert train.main([*argv, "--validate-every", "1"]) == 0
+    weights = f"{out / 'CDDFuse_IVF.pth'} {out / 'CDDFuse_IVF_best.pth'}"
+    closing = capsys.readouterr().out.splitlines()[-1]  # its command scores both, and writes over nobody's results
+    assert f"`python test_IVF.py --system cddfuse --weights {weights} --out {out / 'test_result'}`" in closing
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["validation"]["losses"]["total"] for line in lines] == [0.5, 0.3, 0.4]
     assert set(lines[0]["validation"]["metrics"]) == {"EN", "SD", "SF", "MI", "SCD", "VIF", "Qabf", "SSIM"}
