@@ -26,6 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import utils  # noqa: F401  before torch, see there
+
+# isort: split
 import torch
 
 from utils.common import InputError, check_writable, git_commit, listed, lock_run_dir, run_script

@@ -1,8 +1,9 @@
-"""README and docs: commands that their scripts accept, snippets that run, links that lead somewhere, equal numbers."""
+"""Arrows between rooms; in README and docs, commands that are accepted, snippets that run, links, and equal numbers."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import importlib
 import re
@@ -123,3 +124,46 @@ def test_published_weights_are_those_of_the_clone_and_the_error_names_the_comman
         (tmp_path / "published/models" / name).touch()
     found = fusing.find_weights(find_system("cddfuse"), "mif", "published")
     assert found[-1] == tmp_path / "published/models/CDDFuse_MIF.pth"
+
+
+# From the top down; a file may import from its own room and from those below. The page is app.py's, so it is a script.
+ROOMS = (("utils.page",), ("zoo",), ("utils.training", "utils.evaluation"), ("utils.inference",), ("utils.data",),
+         ("utils.common", "utils.metrics", "utils.tiles", "net"))  # fmt: skip
+ALONE = {"net", "utils.metrics", "utils.tiles"}  # others copy them
+
+
+def room_of(module: str) -> int | None:
+    parts = module.split(".")
+    found = [level for level, room in enumerate(ROOMS) if parts[0] in room or ".".join(parts[:2]) in room]
+    return found[0] if found else None
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports when it is run, also within its functions."""
+    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    types = {id(node) for test in nodes if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
+             for node in test.body}  # fmt: skip
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and id(node) not in types:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_arrows_between_rooms_point_down():
+    files = [ROOT / "net.py", *(ROOT / "utils").rglob("*.py"), *(ROOT / "zoo").rglob("*.py")]
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"net"} | {"tools", "benchmarks", "tests"}
+    for path in files:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module == "utils":
+            continue
+        for imported in imports_of(path):
+            assert imported.split(".")[0] not in scripts, f"{module} imports {imported}"
+            below = room_of(imported)
+            if below is None:
+                continue
+            assert room_of(module) is not None, f"{module} has no room"
+            assert room_of(module) <= below and module not in ALONE, f"{module} imports {imported}"
+            assert not re.match(r"net\b", imported) or module.startswith("zoo"), f"{module} imports {imported}"

@@ -454,3 +454,31 @@ def test_bundled_weights_load_and_know_their_task():
     for task in ("ivf", "mif"):
         path = ROOT / "models" / f"CDDFuse_{task.upper()}.pth"
         assert CDDFuseSystem().load_published(path)["task"] == task
+
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for pattern in ("*.py", "tools/[a-z]*.py", "benchmarks/[a-z]*.py")
+    for path in ROOT.glob(pattern)
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_waiting_threads_sleep_which_is_said_before_torch_is_loaded_unless_the_user_says_otherwise(script):
+    # Stops where torch would be imported, or ours are: whichever comes first.
+    code = f"""
+import os, sys
+class Torch:
+    def find_spec(name, *where):
+        if name in ("torch", "utils.common"):
+            raise SystemExit(os.environ.get("OMP_WAIT_POLICY") != "PASSIVE")
+sys.meta_path.insert(0, Torch)
+import {script}
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    if script == "train":
+        kept = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**environment, "OMP_WAIT_POLICY": "ACTIVE"})
+        assert kept.returncode == 1

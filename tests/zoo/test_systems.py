@@ -1,8 +1,9 @@
-"""Several systems in one table, damaged sources, and a system that fuses in colour, through the scripts."""
+"""Finite losses; several systems in one table, degraded sources, and a system that fuses in colour, in the scripts."""
 
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ import train
 from tests.conftest import write_pair
 from utils.data.degradation import degrade_pair
 from utils.data.images import grey_of, is_coloured, read_colour, read_grey, to_uint8
-from utils.data.patches import PatchDataset
+from utils.data.patches import Batch, PatchDataset
 from utils.inference.checkpoint import save_checkpoint
 from utils.inference.fusing import fuse_arrays, load_fuser
 from utils.metrics import score
+from zoo import find_system
 from zoo.cddfuse import CDDFuseSystem
 from zoo.tsdm import TSDMFusion
 
@@ -34,6 +36,36 @@ def folder(tmp_path_factory):
     for seed, name in enumerate(["a.png", "b.png"]):
         write_pair(made / "MINE", ("vi", "ir"), name, seed, size=(43, 51))
     return made
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "options"), [
+    ("cddfuse", {"range_weight": 1.0, "difference_weight": 1.0, "fused_ssim_weight": 1.0, "gradient_images": "both"}),
+    ("fsidfusion", {}), ("mlfuse", {}), ("tsdm", {}), ("tsdm", {"stage": "student"}),
+])  # fmt: skip
+def test_losses_and_gradients_of_random_weights_are_finite_on_constant_patches(name, options, precision):
+    if name == "tsdm" and options and precision == "bfloat16":
+        pytest.skip("in bfloat16 torch.conv2d, stride 2, one pixel, leaves gradients of its weight uninitialised")
+    torch.manual_seed(0)
+    noise = torch.rand(1, 16, 16)
+    black, white, grey = noise * 0, torch.ones_like(noise), torch.full_like(noise, 0.3)
+    half_black = noise * (torch.arange(16) >= 8)
+    vis, ir = (torch.stack([black, half_black, white, grey, *two]) for two in ((black, noise), (noise, black)))
+    system = find_system(name)
+    model = system().train()
+    if name == "tsdm":
+        model.teacher_is_given.fill_(True)
+    stages = model.stages(system.Options(**options), "ivf")
+    # All kinds in one batch, and two black patches alone: batch norm must not be saved by the others.
+    for stage, patches in product(stages, ([0, 1, 2, 3, 4, 5], [0, 0])):
+        images = vis[patches].expand(-1, 3 if system.takes_colour else 1, -1, -1), ir[patches]
+        given = stage.prepare(Batch(*images, ir_saliency=ir[patches]), (0, 0, 0))
+        for part in stage.updates:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                terms = part.losses(given)
+            parameters = [p for network in part.networks.values() for p in network.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(terms["total"], parameters)
+            assert all(value.isfinite().all() for value in (*terms.values(), *gradients)), stage.name
 
 
 def table(folder, out, *options):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,6 @@ from utils.inference.memory import (
     resident_memory,
 )
 from utils.tiles import Memory, Tiles
-from utils.training.distributed import local_device
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PUBLISHED = "published"  # for --weights; and the folder in this checkout that the published repository is cloned into
@@ -65,6 +65,13 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process on its machine, where there are several processes; else the device as it is."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 

@@ -37,13 +37,6 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process on its machine, where there are several processes; else the device as it is."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
-
-
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started, for the length of the block; nothing where it started none.
