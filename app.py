@@ -13,22 +13,22 @@ import html
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from utils.common import InputError, file_sha256, in_checkout, run_script, sigterm_as_ctrl_c
 from utils.data.images import read_grey, to_uint8, write_image
@@ -43,15 +43,15 @@ from utils.metrics import METRICS, PROTOCOLS, score
 from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
-FOLDER = "fusion-page-"  # in the system's temporary folder, one for each page that runs
-SWEEP_S, KEPT_S, QUOTA = 20, 3600, 2 * 10**9  # seconds between two looks at the files of users; their age; bytes of all
+KEPT = (600, 3600)  # seconds: how often is looked for files to remove, and from which age on they are removed
+SECONDS_BETWEEN = 0.3  # two reports of progress
 FEATURE_PIXELS = 150_000  # feature maps are shown small; those of CDDFuse took 2500 bytes a pixel
 SIDES = ("vis", "ir")
 SAMPLE_SETS = {"Sample_IVF": "ivf", "Sample_MRI_CT": "mif", "Sample_MRI_PET": "mif"}
-WORDS = json.loads(in_checkout("page", "words.json").read_text(encoding="utf-8"))  # key -> English, Chinese
+WORDS = json.loads(in_checkout("page", "words.json").read_text(encoding="utf-8"))  # language -> key -> text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
@@ -62,96 +62,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--protocol", choices=PROTOCOLS, default="paper", help="of the scores (default: paper)")
     fusing.add_inference_options(parser)
     add("--debug", action="store_true", help="show tracebacks")
-    return run_script(serve, parser.parse_args(argv))
+    return parser
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Serves the page until Ctrl-C, SIGTERM or SIGHUP; uploads and results are then removed."""
-    # Variables such as GRADIO_SHARE or GRADIO_ALLOWED_PATHS would open what nobody asked this script to open.
-    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
-        del os.environ[name]
-    # It asks itself whether it answers, which must not go through a proxy.
-    os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost,127.0.0.1")))
+    """Serves the page until Ctrl-C or SIGTERM."""
+    fusing.keep_freed_memory()
+    with sigterm_as_ctrl_c(), contextlib.suppress(KeyboardInterrupt), running(args) as address:
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        if args.host not in ("127.0.0.1", "localhost", "::1"):
+            print("warning: everybody who reaches this address can use the page", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    return 0
+
+
+@contextlib.contextmanager
+def running(args: argparse.Namespace) -> Iterator[str]:
+    """The address of the page, which is there within the block. Uploads and results are removed when it ends.
+
+    Raises:
+        InputError: Gradio is not installed, weights fit no system, or the address cannot be listened on.
+    """
     try:
         import gradio as gr
     except ImportError as error:
         raise InputError(f"the page needs Gradio ({error}); run: pip install gradio") from error
-    fusing.keep_freed_memory()
-    with sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as folder:
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it is nohup's
-            signal.signal(signal.SIGHUP, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="fusion-page-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page, words = build(gr, Desk(args, Path(folder)))
-        page.queue(max_size=32, api_open=False)
         try:
-            _, address, _ = page.launch(
+            _, address, _ = page.queue(max_size=32).launch(
                 server_name=args.host, server_port=args.port, max_file_size=args.max_upload, i18n=words, quiet=True,
                 theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), footer_links=[], run_history=False,
-                css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, share=False, ssr_mode=False,
-                mcp_server=False, enable_monitoring=False,
+                css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, share=False,
+                enable_monitoring=False,
             )  # fmt: skip
-            print(f"{address} (Ctrl-C ends it)", flush=True)
-            if args.host not in ("127.0.0.1", "localhost", "::1"):
-                print("warning: everybody who reaches this address can use the page", file=sys.stderr, flush=True)
-            while True:
-                with contextlib.suppress(OSError):  # of a file that went meanwhile
-                    sweep(Path(folder), KEPT_S, QUOTA)
-                time.sleep(SWEEP_S)
+            yield address
         except OSError as error:
             where = f"{args.host}, port {args.port or 'from 7860 on'}"
             raise InputError(f"cannot listen on {where}; name others with --host and --port") from error
-        except KeyboardInterrupt:
-            print("ended")
         finally:
             page.close(verbose=False)
-    return 0
-
-
-def sweep(folder: Path, age_s: float, quota: int) -> None:
-    """Removes old files below a folder, the oldest of the rest beyond a quota in bytes, and folders of dead pages.
-
-    Gradio's `delete_cache` knows neither cancelled uploads nor a quota. A live page touches its folder at each sweep.
-    """
-    os.utime(folder)
-    now, total = time.time(), 0
-    for other in folder.parent.glob(f"{FOLDER}*"):
-        if now - other.stat().st_mtime > 10 * SWEEP_S:
-            shutil.rmtree(other, ignore_errors=True)
-    files = [(path.stat(), path) for path in folder.rglob("*") if path.is_file()]
-    for about, path in sorted(files, key=lambda file: -file[0].st_mtime):
-        total += about.st_size
-        if now - about.st_mtime > age_s or total > quota:
-            path.unlink(missing_ok=True)
-
-
-class Cancelled(Exception):
-    """Nobody waits for the result any more."""
 
 
 class Desk:
-    """Fuses what the page asks for, one pair at a time. Files keep the names that their owners gave them."""
+    """Reads, fuses and scores what the page asks for. Files keep the names that their owners gave them."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.device = args, folder, fusing.pick_device(args.device)
         precision = fusing.pick_precision(args.precision, self.device)
         self.how = {"precision": precision, "max_memory": args.max_memory, "scratch": args.scratch}
         self.weights = weights_by_system(args.weights)
-        self.models: dict[tuple[str, str, str], tuple[Any, str]] = {}
-        self.work: dict[str, float] = {}  # system -> elements that its modules are given for a pixel
-        self.worker = ThreadPoolExecutor(1)
+        self.load = cache(fusing.load_system)
+        self.work: dict[str, float] = {}  # system -> numbers that its modules are given for a pixel
+        self.cancelled: set[str] = set()  # sessions of the browser
 
     def read(self, path: str | None, key: str, spread: bool = False) -> Source:
-        """An uploaded image.
-
-        Args:
-            path: where Gradio has put it.
-            key: of what it is in `WORDS`.
-            spread: as `--ir-range auto`.
+        """An uploaded image; `key` says in `WORDS` what it is, `spread` is `--ir-range auto`.
 
         Raises:
             InputError: nothing was uploaded, it is too large, or it is no image.
         """
-        role = WORDS[key][0]
+        role = WORDS["en"][key]
         if path is None:
             raise InputError(f"there is no image yet: {role}")
         name = f"{Path(path).name} ({role})"
@@ -165,42 +137,42 @@ class Desk:
         except InputError as error:
             raise InputError(str(error).replace(str(path), name)) from error
         if source.grey.size > self.args.max_pixels:
-            raise InputError(
-                f"{name} has {source.grey.size / 1e6:.3g} megapixels, more than this page takes; reduce it"
-            )
+            size = f"{source.grey.size / 1e6:.3g} megapixels, more than {self.args.max_pixels / 1e6:.3g}"
+            raise InputError(f"{name} has {size}; reduce it")
         return source
 
-    def fuse(self, *inputs: Any) -> Iterator[Any]:
-        """Yields the job now and then, and at last what `_fuse` gives. Closing it cancels the job."""
-        job = SimpleNamespace(started=0.0, done=0, total=math.inf, cancelled=False)
-        future = self.worker.submit(self._fuse, job, *inputs)
-        try:
-            while wait([future], timeout=0.5).not_done:
-                yield job
-            yield future.result()
-        finally:
-            job.cancelled = True
-            future.cancel()
+    def fuse(
+        self, vis: Source, ir: Source, task: str, system: str, weights: str, colour: str,
+        tell: Callable[[float, float], None],
+    ) -> tuple[np.ndarray, list[Path], str, list, Sequence[str]]:  # fmt: skip
+        """The fused image, its files of 8 and 16 bits, how it was made, its features, and the metrics to show.
 
-    def _fuse(
-        self, job: SimpleNamespace, vis: Source, ir: Source, task: str, system: str, weights: str, colour: str
-    ) -> tuple[np.ndarray, list[Path], str, list, Sequence[str]]:
-        """The fused image, its files of 8 and 16 bits, how it was made, its features, and the metrics to show."""
-        self.job = job
-        model, skip = self._model(system, weights, task)
-        if system not in self.work:  # a small image tells
-            side = max(64, model.smallest_side)
-            fusing.fuse_arrays(model, *np.zeros((2, side, side), np.float32), skip, **self.how)
-            self.work[system] = job.done / side**2
-        job.done, job.total, job.started = 0, self.work[system] * vis.grey.size, time.monotonic()
-        fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.stretched, **self.how)
-        self.work[system] = job.done / vis.grey.size
-        height, width = vis.size
+        `tell` is given the share that is done and the seconds that are left, now and then; what it raises ends the run.
+        """
+        done, total, started, told = 0, math.inf, time.monotonic(), 0.0
+
+        def count(module: Any, inputs: tuple[Any, ...]) -> None:
+            nonlocal done, told
+            done += sum(value.numel() for value in inputs if isinstance(value, Tensor))
+            if (now := time.monotonic()) - told > SECONDS_BETWEEN:
+                share, told = min(done / total, 0.99), now
+                tell(share, (now - started) * (1 / share - 1) if share else math.inf)
+
+        path = self.weights[system][weights]
+        model, skip = self.load(find_system(system), path, task, None, self.device)
+        with register_module_forward_pre_hook(count):
+            if system not in self.work:  # a small image tells
+                side = max(64, model.smallest_side)
+                fusing.fuse_arrays(model, *np.zeros((2, side, side), np.float32), skip, normalise=False, **self.how)
+                self.work[system] = done / side**2
+            done, total, started = 0, self.work[system] * vis.grey.size, time.monotonic()
+            fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.stretched, **self.how)
+        self.work[system] = done / vis.grey.size
         facts = (
-            f"{model.label}, {weights} (sha256 {file_sha256(self.weights[system][weights])[:12]}), {model.skip_name}: "
-            f"{skip}, {width}x{height}, {time.monotonic() - job.started:.1f}\u00a0s, {self.device.type}"
+            f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), {model.skip_name}: {skip}, "
+            f"{vis.size[1]}x{vis.size[0]}, {time.monotonic() - started:.1f}\u00a0s, {self.device.type}"
         )
-        stem, folder = Path(vis.name.rsplit(" (")[0]).stem, Path(tempfile.mkdtemp(dir=self.folder))
+        stem, folder = Path(vis.name.rsplit(" (", 1)[0]).stem, Path(tempfile.mkdtemp(dir=self.folder))
         files = [folder / f"{stem}_fused.png", folder / f"{stem}_fused_16bit.png"]
         for file, bits in zip(files, (8, 16), strict=True):
             write_image(file, fused, bits=bits)
@@ -208,25 +180,6 @@ class Desk:
         size = tuple(max(round(side * scale), model.smallest_side) for side in vis.size)
         features = feature_maps(model, resize(vis.grey, size), resize(ir.grey, size))
         return fused, files, facts, [(image, name) for name, image in features.items()], model.columns
-
-    def _model(self, system: str, weights: str, task: str) -> tuple[Any, str]:
-        """The system with its weights, and what its decoder is given; its modules count and look for a cancel."""
-
-        def count(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            if self.job.cancelled:
-                raise Cancelled
-            self.job.done += inputs[0].numel()
-
-        key = system, weights, task
-        if key not in self.models:
-            model, skip = fusing.load_system(
-                find_system(system), self.weights[system][weights], task, None, self.device
-            )
-            for module in model.modules():
-                if not list(module.children()):
-                    module.register_forward_pre_hook(count)
-            self.models[key] = model, skip
-        return self.models[key]
 
     def table(self, fused: Path, vis: Source, ir: Source, names: Sequence[str], columns: Sequence[str]) -> str:
         """Scores of a file, of either source alone and of their average, as Markdown: a metric a row.
@@ -238,30 +191,32 @@ class Desk:
         rows = [score(image, ir.grey, vis.grey, self.args.protocol, columns) for image in images]
         lines = [f"| | {' | '.join(names)} | |", "|---|" + "---:|" * len(names) + "---|"]
         for key in columns:
-            first, *others = (f"{row[key]:.2f}" for row in rows)
+            first, *others = ("–" if math.isnan(row[key]) else f"{row[key]:.2f}" for row in rows)
             arrow = "↑" if METRICS[key].better == "higher" else "↓"
             lines.append(f"| **{key}** {arrow} | **{first}** | {' | '.join(others)} | {METRICS[key].name} |")
         return "\n".join(lines)
 
 
 def weights_by_system(extra: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """System -> name -> file: what is bundled, and further files under each system whose keys they hold."""
-    systems = {name: find_system(name) for name in SYSTEMS}
-    offered = {
-        name: {file: in_checkout("models", file) for files in system.weights.values() for file in files}
-        for name, system in systems.items()
-    }
+    """System -> name -> file: what is bundled, and further files under each system whose keys they hold.
+
+    Raises:
+        InputError: a file fits no system, or has the name of another.
+    """
+    systems, offered = {name: find_system(name) for name in SYSTEMS}, {}
+    for name, system in systems.items():
+        offered[name] = {file: in_checkout("models", file) for files in system.weights.values() for file in files}
     for path in extra:
-        reasons = []
+        fitting = []
         for name, system in systems.items():
-            try:
-                fusing.load_system(system, path, "ivf", None, "cpu")
-                if offered[name].setdefault(path.name, path) != path:
-                    raise InputError(f"another file is called {path.name}; rename one")
-            except InputError as error:
-                reasons.append(str(error))
-        if len(reasons) == len(systems):
-            raise InputError(f"--weights: {path} fits none of {', '.join(SYSTEMS)}: {reasons[0]}")
+            with contextlib.suppress(InputError):
+                fusing.load_system(system, path, "mif", None, "cpu")
+                fitting.append(name)
+        if not fitting or any(path.name in offered[name] for name in fitting):
+            reason = "has the name of another file; rename it" if fitting else f"fits none of {', '.join(SYSTEMS)}"
+            raise InputError(f"--weights: {path} {reason}")
+        for name in fitting:
+            offered[name][path.name] = path
     return {name: files for name, files in offered.items() if files}
 
 
@@ -284,18 +239,15 @@ def said(*lines: object) -> str:
 
 def explained(error: Exception) -> str:
     """An error in words for whoever uses the page; what it is not for them to know goes to the terminal."""
-    text = str(error)
     if not isinstance(error, InputError):
         traceback.print_exception(error)
-        memory = isinstance(error, MemoryError) or "out of memory" in text.lower()
-        text = "has not enough memory for this pair" if memory else f"failed ({type(error).__name__})"
-        text = f"The server {text}, which is not your images' fault; its terminal says more."
-    return f"<div class=error role=alert>{said(text)}</div>"
+        error = f"The server failed ({type(error).__name__}), not by your images' fault; its terminal says more."
+    return f"<div class=error role=alert>{said(error)}</div>"
 
 
 def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
     """The page, a `gr.Blocks`, and its words, a `gr.I18n`: of the browser's language."""
-    words = gr.I18n(**{code: {key: text[n] for key, text in WORDS.items()} for n, code in enumerate(("en", "zh"))})
+    words, bar = gr.I18n(**WORDS), gr.Progress()
     gr.set_static_paths([in_checkout("test_img").resolve()])
     samples = [
         (task, [str(path.resolve()) for path in (pair.vis, pair.ir)])
@@ -323,58 +275,69 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
         return [task, first_system, False, False, *fit(task, first_system, *paths)]
 
     def preview(side: str, path: str | None, task: str) -> tuple:
+        if path is None:
+            return gr.Image(visible=False, value=None), gr.skip()
         try:
-            image = to_uint8(desk.read(path, f"{side}_{task}").shown) if path else None
+            image = to_uint8(desk.read(path, f"{side}_{task}").shown)
         except Exception as error:
             return gr.Image(visible=False, value=None), explained(error)
-        return gr.Image(image, visible=image is not None), gr.skip()
+        return gr.Image(image, visible=True, label=f"{image.shape[1]}x{image.shape[0]}"), gr.skip()
 
     def is_stale(done: list | None, *inputs: Any) -> Any:
         return gr.HTML(visible=done is not None and done != list(inputs))
 
-    def fuse(asked, vis, ir, task, system, weights, colour, resized, spread, request: gr.Request) -> Iterator[dict]:
-        def say(key: str, **values: Any) -> str:
-            return WORDS[key][request.headers.get("accept-language", "").startswith("zh")].format(**values)
+    def begin(request: gr.Request) -> list:
+        desk.cancelled.discard(request.session_hash)
+        return [gr.Button(interactive=False), gr.Button(visible=True)]
 
+    def end() -> list:
+        return [gr.Button(interactive=True), gr.Button(visible=False)]
+
+    def cancel(request: gr.Request) -> None:
+        desk.cancelled.add(request.session_hash)
+
+    def fuse(
+        asked, vis, ir, task, system, weights, colour, resized, spread, request: gr.Request, progress=bar
+    ) -> dict:  # fmt: skip
+        say = WORDS["zh" if request.headers.get("accept-language", "").startswith("zh") else "en"]
         inputs = [vis, ir, task, system, weights, colour, resized, spread]
+
+        def tell(share: float, seconds: float) -> None:
+            if request.session_hash in desk.cancelled:
+                raise CancelledError
+            progress(share, say["left"].format(seconds=seconds) if share > 0.02 else say["fusing"])
+
         try:
             sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
             advice = "tick the box that resizes where both show the same view, else crop or align one of them first"
             sources[1] = Registration(resized, advice=advice)(*sources)
             if asked != inputs and task_seen((vis, ir), sources) != task:
-                yield {status: said(say(f"ask_{task}")), asked_for: inputs}
-                return
-            for step in desk.fuse(*sources, task, system, weights, colour):
-                if isinstance(step, SimpleNamespace):
-                    share = min(max(step.done / step.total, 1e-6), 0.99)
-                    left = (time.monotonic() - step.started) * (1 - share) / share
-                    key = "queued" if not step.started else "left" if share > 0.02 else "fusing"
-                    yield {status: said(say(key, seconds=left)) + f"<progress value={share:.3f}></progress>"}
-            fused, files, facts, maps, columns = step
+                return {status: said(say[f"ask_{task}"]), asked_for: inputs}
+            fused, files, facts, maps, columns = desk.fuse(*sources, task, system, weights, colour, tell)
             notes, table = [], ""
             # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
             shift = edge_shift(sources[0].grey, sources[1].grey) if task == "ivf" else None
             if shift and shift.misaligned:
-                notes.append(say("misaligned", shift=shift))
-            names = [say("fused"), *(say("alone", role=say(f"{side}_{task}")) for side in SIDES), say("average")]
+                notes.append(say["misaligned"].format(shift=shift))
+            names = [say["fused"], *(say[f"{side}_{task}"] for side in SIDES), say["average"]]
             try:
                 table = desk.table(files[0], *sources, names, columns)
             except ValueError as error:
-                notes.append(say("no_scores", error=error))
-            shown = [(to_uint8(source.shown), to_uint8(fused)) for source in sources]
-            yield {
-                status: said(facts, *notes), results: gr.Column(visible=True), stale: gr.HTML(visible=False), done: inputs,
-                sliders[0]: shown[0], sliders[1]: shown[1], features: maps, scores: table,
-                downloads[0]: str(files[0]), downloads[1]: str(files[1]),
-            }  # fmt: skip
+                notes.append(say["no_scores"].format(error=error))
+        except CancelledError:
+            return {status: said(say["cancelled"])}
         except Exception as error:  # nothing of an earlier pair stays beside the inputs of this one
-            yield {status: explained(error), results: gr.Column(visible=False), done: None}
+            return {status: explained(error), results: gr.Column(visible=False), done: None}
+        shown = [(to_uint8(source.shown), to_uint8(fused)) for source in sources]
+        return {
+            status: said(facts, *notes), results: gr.Column(visible=True), stale: gr.HTML(visible=False), done: inputs,
+            sliders[0]: shown[0], sliders[1]: shown[1], features: maps, scores: table,
+            downloads[0]: str(files[0]), downloads[1]: str(files[1]),
+        }  # fmt: skip
 
-    with gr.Blocks(title="Image fusion", fill_width=True, analytics_enabled=False) as page:
-        gr.Markdown("# Image fusion")
-        gr.Markdown(words("about"))
-        gr.Markdown(f"{words('limits')} {desk.args.max_pixels / 1e6:g} MP, {format_size(desk.args.max_upload)}.")
-        gr.Markdown(words("start"))
+    with gr.Blocks(title="Image fusion", fill_width=True, analytics_enabled=False, delete_cache=KEPT) as page:
+        limits = f"{words('limits')} {desk.args.max_pixels / 1e6:g} MP, {format_size(desk.args.max_upload)}."
+        gr.Markdown(f"# Image fusion\n{words('about')} {limits}\n\n{words('start')}")
         gallery = gr.Gallery(
             [paths[0] for _, paths in samples], show_label=False, columns=len(samples), height="auto",
             object_fit="cover", allow_preview=False, interactive=False, buttons=[], elem_id="samples",
@@ -386,7 +349,7 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
                 with gr.Column(visible=False) as options:
                     with gr.Row():
                         for side in SIDES:
-                            with gr.Column(min_width=150):
+                            with gr.Column(min_width=140):
                                 files.append(gr.File(height=110, elem_id=side))
                                 images.append(gr.Image(visible=False, interactive=False, format="png", buttons=[]))
                     resized, spread = (gr.Checkbox(label=words(key), elem_id=key) for key in ("resize", "spread"))
@@ -396,8 +359,8 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
                         system = gr.Dropdown(systems, value=first_system, label=words("system"), min_width=140)
                         weights = gr.Dropdown(label=words("weights"), min_width=190)
                     with gr.Row():
-                        button = gr.Button(words("fuse"), variant="primary", elem_id="fuse")
-                        cancel = gr.Button(words("cancel"), visible=False, elem_id="cancel")
+                        fuse_button = gr.Button(words("fuse"), variant="primary", elem_id="fuse")
+                        cancel_button = gr.Button(words("cancel"), visible=False, elem_id="cancel")
             with gr.Column(scale=7, min_width=340):
                 status = gr.HTML(words("nothing"), elem_id="status")
                 with gr.Column(visible=False, elem_id="results") as results:
@@ -416,21 +379,24 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
 
         inputs = [*files, task, system, weights, colour, resized, spread]
         outputs = [status, results, done, asked_for, stale, features, scores, *sliders, *downloads]
-        fitted = [*files, options, colour, weights, *tabs]
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        fitted, buttons = [*files, options, colour, weights, *tabs], [fuse_button, cancel_button]
+        quiet = {"show_progress": "hidden", "queue": False}
         for side, file, image in zip(SIDES, files, images, strict=True):
-            file.change(partial(preview, side), [file, task], [image, status], **quiet)
+            file.change(partial(preview, side), [file, task], [image, status], api_name=f"preview_{side}", **quiet)
         gr.on([task.input, system.input], fit, [task, system], fitted, **quiet)
         gr.on([part.change for part in inputs], is_stale, [done, *inputs], stale, **quiet)
         picked = gallery.select(take_sample, None, [task, system, resized, spread, *fitted], **quiet)
-        buttons, runs = [button, cancel], []
-        busy, free = ([gr.Button(interactive=not on), gr.Button(visible=on)] for on in (True, False))
-        for begin in (button.click, picked.then):
-            begun = begin(lambda: busy, None, buttons, queue=False, **quiet)
-            runs.append(begun.then(fuse, [asked_for, *inputs], outputs, **quiet))
-            runs[-1].then(lambda: free, None, buttons, queue=False, **quiet)
-        cancel.click(lambda: [*free, words("cancelled")], None, [*buttons, status], cancels=runs, queue=False, **quiet)
+        for start in (fuse_button.click, picked.then):
+            begun = start(begin, None, buttons, **quiet)
+            ran = begun.then(fuse, [asked_for, *inputs], outputs, show_progress_on=status, concurrency_id="fuse")
+            ran.then(end, None, buttons, **quiet)
+        cancel_button.click(cancel, None, None, **quiet)
+        page.unload(cancel)
     return page, words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(serve, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
