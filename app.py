@@ -1,7 +1,7 @@
 """A page in the browser: two images in, or a bundled sample; fused image, features, scores and a download out.
 
 python app.py                                                # then open http://127.0.0.1:7860
-python app.py --weights runs/cddfuse_ivf/CDDFuse_IVF.pth model_fuse.pth    # to choose from, beside those in models/
+python app.py --system mlfuse --weights model_fuse.pth       # to choose from, beside those in models/
 python app.py --host 0.0.0.0 --max-pixels 2e6 --max-memory 4GB             # for others on the network, too
 
 Needs `pip install gradio`. Nothing is fetched from elsewhere: the page works offline, and sends nothing home.
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -56,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
     add("--port", type=int, help="default: 7860, or the next free one")
-    add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="to choose from, beside those in models/")
+    add("--system", choices=SYSTEMS, default="cddfuse", help="the one that is shown first (default: cddfuse)")
+    add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="of it, beside those in models/")
     add("--max-pixels", type=float, default=4e6, metavar="N", help="of an image (default: 4e6)")
     add("--max-upload", type=parse_size, default="32MB", metavar="SIZE", help="of a file (default: 32MB)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="of the scores (default: paper)")
@@ -81,7 +81,7 @@ def running(args: argparse.Namespace) -> Iterator[str]:
     """The address of the page, which is there within the block. Uploads and results are removed when it ends.
 
     Raises:
-        InputError: Gradio is not installed, weights fit no system, or the address cannot be listened on.
+        InputError: Gradio is not installed, weights do not fit, or the address cannot be listened on.
     """
     try:
         import gradio as gr
@@ -93,9 +93,8 @@ def running(args: argparse.Namespace) -> Iterator[str]:
         try:
             _, address, _ = page.queue(max_size=32).launch(
                 server_name=args.host, server_port=args.port, max_file_size=args.max_upload, i18n=words, quiet=True,
-                theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), footer_links=[], run_history=False,
-                css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, share=False,
-                enable_monitoring=False,
+                css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, footer_links=[],
+                run_history=False, share=False, enable_monitoring=False,
             )  # fmt: skip
             yield address
         except OSError as error:
@@ -110,23 +109,24 @@ class Desk:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.device = args, folder, fusing.pick_device(args.device)
-        precision = fusing.pick_precision(args.precision, self.device)
-        self.how = {"precision": precision, "max_memory": args.max_memory, "scratch": args.scratch}
-        self.weights = weights_by_system(args.weights)
+        self.how = {"max_memory": args.max_memory, "scratch": args.scratch}
+        self.how["precision"] = fusing.pick_precision(args.precision, self.device)
         self.load = cache(fusing.load_system)
+        self.weights: dict[str, dict[str, Path]] = {}  # system -> name of a file -> the file
+        for name in SYSTEMS:
+            bundled = [file for files in find_system(name).weights.values() for file in files]
+            self.weights |= {name: {file: in_checkout("models", file) for file in bundled}} if bundled else {}
+        for path in args.weights:
+            fusing.load_system(find_system(args.system), path, "mif", None, "cpu")  # what is wrong is said now
+            self.weights.setdefault(args.system, {})[path.name] = path
         self.work: dict[str, float] = {}  # system -> numbers that its modules are given for a pixel
         self.cancelled: set[str] = set()  # sessions of the browser
 
     def read(self, path: str | None, key: str, spread: bool = False) -> Source:
-        """An uploaded image; `key` says in `WORDS` what it is, `spread` is `--ir-range auto`.
-
-        Raises:
-            InputError: nothing was uploaded, it is too large, or it is no image.
-        """
-        role = WORDS["en"][key]
+        """An uploaded image, or an InputError; `key` says in `WORDS` what it is, `spread` is `--ir-range auto`."""
         if path is None:
-            raise InputError(f"there is no image yet: {role}")
-        name = f"{Path(path).name} ({role})"
+            raise InputError(f"there is no image yet: {WORDS['en'][key]}")
+        name = f"{Path(path).name} ({WORDS['en'][key]})"
         try:
             reading = Reading("ir" if key.startswith("ir") else "vi", memory=self.args.max_memory)
             if spread:
@@ -137,15 +137,14 @@ class Desk:
         except InputError as error:
             raise InputError(str(error).replace(str(path), name)) from error
         if source.grey.size > self.args.max_pixels:
-            size = f"{source.grey.size / 1e6:.3g} megapixels, more than {self.args.max_pixels / 1e6:.3g}"
-            raise InputError(f"{name} has {size}; reduce it")
+            raise InputError(f"{name} has more than {self.args.max_pixels / 1e6:.3g} megapixels; reduce it")
         return source
 
     def fuse(
         self, vis: Source, ir: Source, task: str, system: str, weights: str, colour: str,
         tell: Callable[[float, float], None],
-    ) -> tuple[np.ndarray, list[Path], str, list, Sequence[str]]:  # fmt: skip
-        """The fused image, its files of 8 and 16 bits, how it was made, its features, and the metrics to show.
+    ) -> tuple[np.ndarray, Path, str, list, Sequence[str]]:  # fmt: skip
+        """The fused image, its file, how it was made, its features, and the metrics to show.
 
         `tell` is given the share that is done and the seconds that are left, now and then; what it raises ends the run.
         """
@@ -168,25 +167,18 @@ class Desk:
             done, total, started = 0, self.work[system] * vis.grey.size, time.monotonic()
             fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.stretched, **self.how)
         self.work[system] = done / vis.grey.size
-        facts = (
-            f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), {model.skip_name}: {skip}, "
-            f"{vis.size[1]}x{vis.size[0]}, {time.monotonic() - started:.1f}\u00a0s, {self.device.type}"
-        )
-        stem, folder = Path(vis.name.rsplit(" (", 1)[0]).stem, Path(tempfile.mkdtemp(dir=self.folder))
-        files = [folder / f"{stem}_fused.png", folder / f"{stem}_fused_16bit.png"]
-        for file, bits in zip(files, (8, 16), strict=True):
-            write_image(file, fused, bits=bits)
+        tell(1, 0)
+        facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), {model.skip_name}: {skip}, "
+        facts += f"{vis.size[1]}x{vis.size[0]}, {time.monotonic() - started:.1f}\u00a0s, {self.device.type}"
+        file = Path(tempfile.mkdtemp(dir=self.folder)) / f"{Path(vis.name.rsplit(' (', 1)[0]).stem}_fused.png"
+        write_image(file, fused)
         scale = min(1, math.sqrt(FEATURE_PIXELS / vis.grey.size))
         size = tuple(max(round(side * scale), model.smallest_side) for side in vis.size)
         features = feature_maps(model, resize(vis.grey, size), resize(ir.grey, size))
-        return fused, files, facts, [(image, name) for name, image in features.items()], model.columns
+        return fused, file, facts, [(image, name) for name, image in features.items()], model.columns
 
     def table(self, fused: Path, vis: Source, ir: Source, names: Sequence[str], columns: Sequence[str]) -> str:
-        """Scores of a file, of either source alone and of their average, as Markdown: a metric a row.
-
-        Raises:
-            ValueError: an image is too small or too dark for a metric.
-        """
+        """Scores of a file, of either source alone and of their average, as Markdown; ValueError: there are none."""
         images = read_grey(fused), vis.grey, ir.grey, np.round((vis.grey + ir.grey) / 2)
         rows = [score(image, ir.grey, vis.grey, self.args.protocol, columns) for image in images]
         lines = [f"| | {' | '.join(names)} | |", "|---|" + "---:|" * len(names) + "---|"]
@@ -197,52 +189,15 @@ class Desk:
         return "\n".join(lines)
 
 
-def weights_by_system(extra: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """System -> name -> file: what is bundled, and further files under each system whose keys they hold.
-
-    Raises:
-        InputError: a file fits no system, or has the name of another.
-    """
-    systems, offered = {name: find_system(name) for name in SYSTEMS}, {}
-    for name, system in systems.items():
-        offered[name] = {file: in_checkout("models", file) for files in system.weights.values() for file in files}
-    for path in extra:
-        fitting = []
-        for name, system in systems.items():
-            with contextlib.suppress(InputError):
-                fusing.load_system(system, path, "mif", None, "cpu")
-                fitting.append(name)
-        if not fitting or any(path.name in offered[name] for name in fitting):
-            reason = "has the name of another file; rename it" if fitting else f"fits none of {', '.join(SYSTEMS)}"
-            raise InputError(f"--weights: {path} {reason}")
-        for name in fitting:
-            offered[name][path.name] = path
-    return {name: files for name, files in offered.items() if files}
-
-
 def task_seen(paths: Sequence[str], sources: Sequence[Source]) -> str:
     """The task that the names of a pair speak of; else "mif" where the frames of both, three pixels wide, are black.
 
-    At least 95 % of the frame is black in 136 pairs of the Harvard atlas, at most 69 % in 115 infrared and visible
-    ones (TNO, RoadScene, MSRS).
+    At least 95 % of the frame is black in 136 medical pairs, at most 69 % in 115 of TNO, RoadScene and MSRS.
     """
     frame = np.ones(sources[0].size, bool)
     frame[3:-3, 3:-3] = False
     black = all((source.grey[frame] < 16).mean() > 0.9 for source in sources)
     return task_of(*map(Path, paths)) or ("mif" if black else "ivf")
-
-
-def said(*lines: object) -> str:
-    """Lines for the page; nothing in them is taken for HTML."""
-    return "".join(f"<p>{html.escape(str(line))}</p>" for line in lines)
-
-
-def explained(error: Exception) -> str:
-    """An error in words for whoever uses the page; what it is not for them to know goes to the terminal."""
-    if not isinstance(error, InputError):
-        traceback.print_exception(error)
-        error = f"The server failed ({type(error).__name__}), not by your images' fault; its terminal says more."
-    return f"<div class=error role=alert>{said(error)}</div>"
 
 
 def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
@@ -254,7 +209,6 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
         for name, task in SAMPLE_SETS.items()
         for pair in list_pairs(*find_modalities(in_checkout("test_img", name))).pairs
     ]
-    first_system = next(iter(desk.weights))
 
     def fit(task: str, system: str, *paths: str) -> list:
         """What the kind of images and the system change: names and choices, and that they are there."""
@@ -272,67 +226,64 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
 
     def take_sample(event: gr.SelectData) -> list:
         task, paths = samples[event.index]
-        return [task, first_system, False, False, *fit(task, first_system, *paths)]
+        return [task, desk.args.system, False, False, *fit(task, desk.args.system, *paths)]
 
-    def preview(side: str, path: str | None, task: str) -> tuple:
-        if path is None:
-            return gr.Image(visible=False, value=None), gr.skip()
+    @contextlib.contextmanager
+    def one_line() -> Iterator[None]:
+        """Shows bad input as one line. Of other errors Gradio says that there is one; the terminal says which."""
         try:
-            image = to_uint8(desk.read(path, f"{side}_{task}").shown)
-        except Exception as error:
-            return gr.Image(visible=False, value=None), explained(error)
-        return gr.Image(image, visible=True, label=f"{image.shape[1]}x{image.shape[0]}"), gr.skip()
+            yield
+        except InputError as error:
+            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+
+    @one_line()
+    def preview(side: str, path: str | None, task: str) -> Any:
+        if path is None:
+            return gr.Image(visible=False, value=None)
+        image = to_uint8(desk.read(path, f"{side}_{task}").shown)
+        return gr.Image(image, visible=True, label=f"{image.shape[1]}x{image.shape[0]}")
 
     def is_stale(done: list | None, *inputs: Any) -> Any:
-        return gr.HTML(visible=done is not None and done != list(inputs))
+        return gr.Markdown(visible=done is not None and done != list(inputs))
 
-    def begin(request: gr.Request) -> list:
-        desk.cancelled.discard(request.session_hash)
-        return [gr.Button(interactive=False), gr.Button(visible=True)]
-
-    def end() -> list:
-        return [gr.Button(interactive=True), gr.Button(visible=False)]
+    def is_busy(busy: bool) -> list:
+        return [gr.Button(interactive=not busy), gr.Button(visible=busy)]
 
     def cancel(request: gr.Request) -> None:
         desk.cancelled.add(request.session_hash)
 
-    def fuse(
-        asked, vis, ir, task, system, weights, colour, resized, spread, request: gr.Request, progress=bar
-    ) -> dict:  # fmt: skip
+    @one_line()
+    def fuse(vis, ir, task, system, weights, colour, resized, spread, request: gr.Request, progress=bar) -> dict:
         say = WORDS["zh" if request.headers.get("accept-language", "").startswith("zh") else "en"]
         inputs = [vis, ir, task, system, weights, colour, resized, spread]
 
         def tell(share: float, seconds: float) -> None:
             if request.session_hash in desk.cancelled:
                 raise CancelledError
-            progress(share, say["left"].format(seconds=seconds) if share > 0.02 else say["fusing"])
+            key = "fusing" if share < 0.02 else "left" if share < 1 else "scoring"
+            progress(share, say[key].format(seconds=seconds))
 
+        sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
+        sources[1] = Registration(resized, advice="tick the box that resizes, or crop one of them")(*sources)
         try:
-            sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
-            advice = "tick the box that resizes where both show the same view, else crop or align one of them first"
-            sources[1] = Registration(resized, advice=advice)(*sources)
-            if asked != inputs and task_seen((vis, ir), sources) != task:
-                return {status: said(say[f"ask_{task}"]), asked_for: inputs}
-            fused, files, facts, maps, columns = desk.fuse(*sources, task, system, weights, colour, tell)
-            notes, table = [], ""
-            # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
-            shift = edge_shift(sources[0].grey, sources[1].grey) if task == "ivf" else None
-            if shift and shift.misaligned:
-                notes.append(say["misaligned"].format(shift=shift))
-            names = [say["fused"], *(say[f"{side}_{task}"] for side in SIDES), say["average"]]
-            try:
-                table = desk.table(files[0], *sources, names, columns)
-            except ValueError as error:
-                notes.append(say["no_scores"].format(error=error))
+            fused, file, facts, maps, columns = desk.fuse(*sources, task, system, weights, colour, tell)
         except CancelledError:
-            return {status: said(say["cancelled"])}
-        except Exception as error:  # nothing of an earlier pair stays beside the inputs of this one
-            return {status: explained(error), results: gr.Column(visible=False), done: None}
-        shown = [(to_uint8(source.shown), to_uint8(fused)) for source in sources]
-        return {
-            status: said(facts, *notes), results: gr.Column(visible=True), stale: gr.HTML(visible=False), done: inputs,
-            sliders[0]: shown[0], sliders[1]: shown[1], features: maps, scores: table,
-            downloads[0]: str(files[0]), downloads[1]: str(files[1]),
+            return {status: say["cancelled"]}
+        finally:
+            desk.cancelled.discard(request.session_hash)
+        notes, table = [] if task_seen((vis, ir), sources) == task else [say[f"not_{task}"]], ""
+        # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
+        if task == "ivf" and (shift := edge_shift(sources[0].grey, sources[1].grey)) and shift.misaligned:
+            notes.append(say["misaligned"].format(shift=shift))
+        names = [say["fused"], *(say[f"{side}_{task}"] for side in SIDES), say["average"]]
+        try:
+            table = desk.table(file, *sources, names, columns)
+        except ValueError as error:
+            notes.append(say["no_scores"].format(error=error))
+        compared = [(to_uint8(source.shown), to_uint8(fused)) for source in sources]
+        return dict(zip(sliders, compared, strict=True)) | {
+            status: "\n".join([facts, *notes]), results: gr.Column(visible=True), stale: gr.Markdown(visible=False),
+            done: inputs, features: maps, scores: table, download: str(file),
         }  # fmt: skip
 
     with gr.Blocks(title="Image fusion", fill_width=True, analytics_enabled=False, delete_cache=KEPT) as page:
@@ -342,29 +293,27 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
             [paths[0] for _, paths in samples], show_label=False, columns=len(samples), height="auto",
             object_fit="cover", allow_preview=False, interactive=False, buttons=[], elem_id="samples",
         )  # fmt: skip
-        done, asked_for, files, images, tabs, sliders = gr.State(), gr.State(), [], [], [], []
+        done, tabs, sliders = gr.State(), [], []
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 task = gr.Radio([(words(task), task) for task in TASKS], label=words("kind"), elem_id="task")
                 with gr.Column(visible=False) as options:
                     with gr.Row():
-                        for side in SIDES:
-                            with gr.Column(min_width=140):
-                                files.append(gr.File(height=110, elem_id=side))
-                                images.append(gr.Image(visible=False, interactive=False, format="png", buttons=[]))
+                        files = [gr.File(height=110, min_width=140, elem_id=side) for side in SIDES]
+                    with gr.Row():
+                        images = [gr.Image(visible=False, interactive=False, buttons=[], min_width=140) for _ in SIDES]
                     resized, spread = (gr.Checkbox(label=words(key), elem_id=key) for key in ("resize", "spread"))
                     colour = gr.Radio(value="both", label=words("colour"), elem_id="colour")
                     with gr.Row():
                         systems = [(find_system(name).label, name) for name in desk.weights]
-                        system = gr.Dropdown(systems, value=first_system, label=words("system"), min_width=140)
+                        system = gr.Dropdown(systems, value=desk.args.system, label=words("system"), min_width=140)
                         weights = gr.Dropdown(label=words("weights"), min_width=190)
-                    with gr.Row():
-                        fuse_button = gr.Button(words("fuse"), variant="primary", elem_id="fuse")
-                        cancel_button = gr.Button(words("cancel"), visible=False, elem_id="cancel")
+                    fuse_button = gr.Button(words("fuse"), variant="primary", elem_id="fuse")
+                    cancel_button = gr.Button(words("cancel"), visible=False, elem_id="cancel")
             with gr.Column(scale=7, min_width=340):
-                status = gr.HTML(words("nothing"), elem_id="status")
+                status = gr.Textbox(placeholder=words("nothing"), show_label=False, interactive=False, elem_id="status")
                 with gr.Column(visible=False, elem_id="results") as results:
-                    stale = gr.HTML(words("stale"), visible=False, elem_id="stale")
+                    stale = gr.Markdown(words("stale"), visible=False, elem_id="stale")
                     with gr.Tabs():
                         for _ in SIDES:
                             with gr.Tab() as tab:
@@ -372,24 +321,23 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
                             tabs.append(tab)
                         with gr.Tab(words("features")):
                             features = gr.Gallery(show_label=False, height="auto", format="png", elem_id="maps")
-                    with gr.Row():
-                        downloads = [gr.DownloadButton(words(key), elem_id=key) for key in ("download8", "download16")]
+                    download = gr.DownloadButton(words("download"), elem_id="download")
                     scores = gr.Markdown(elem_id="scores")
                     gr.Markdown(f"{words('scores')} {desk.args.protocol}.")
 
         inputs = [*files, task, system, weights, colour, resized, spread]
-        outputs = [status, results, done, asked_for, stale, features, scores, *sliders, *downloads]
+        outputs = [status, results, done, stale, features, scores, *sliders, download]
         fitted, buttons = [*files, options, colour, weights, *tabs], [fuse_button, cancel_button]
         quiet = {"show_progress": "hidden", "queue": False}
         for side, file, image in zip(SIDES, files, images, strict=True):
-            file.change(partial(preview, side), [file, task], [image, status], api_name=f"preview_{side}", **quiet)
+            file.change(partial(preview, side), [file, task], image, api_name=f"preview_{side}", **quiet)
         gr.on([task.input, system.input], fit, [task, system], fitted, **quiet)
         gr.on([part.change for part in inputs], is_stale, [done, *inputs], stale, **quiet)
         picked = gallery.select(take_sample, None, [task, system, resized, spread, *fitted], **quiet)
         for start in (fuse_button.click, picked.then):
-            begun = start(begin, None, buttons, **quiet)
-            ran = begun.then(fuse, [asked_for, *inputs], outputs, show_progress_on=status, concurrency_id="fuse")
-            ran.then(end, None, buttons, **quiet)
+            begun = start(lambda: is_busy(True), None, buttons, **quiet)
+            ran = begun.then(fuse, inputs, outputs, show_progress_on=status, concurrency_id="fuse")
+            ran.then(lambda: is_busy(False), None, buttons, **quiet)
         cancel_button.click(cancel, None, None, **quiet)
         page.unload(cancel)
     return page, words
