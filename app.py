@@ -93,8 +93,8 @@ def running(args: argparse.Namespace) -> Iterator[str]:
         try:
             _, address, _ = page.queue(max_size=32).launch(
                 server_name=args.host, server_port=args.port, max_file_size=args.max_upload, i18n=words, quiet=True,
-                css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, footer_links=[],
-                run_history=False, share=False, enable_monitoring=False,
+                css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, footer_links=[], share=False,
+                run_history=False, enable_monitoring=False, theme=gr.themes.Default(font="system-ui"),
             )  # fmt: skip
             yield address
         except OSError as error:
@@ -275,7 +275,7 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
         # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
         if task == "ivf" and (shift := edge_shift(sources[0].grey, sources[1].grey)) and shift.misaligned:
             notes.append(say["misaligned"].format(shift=shift))
-        names = [say["fused"], *(say[f"{side}_{task}"] for side in SIDES), say["average"]]
+        names = [say[key] for key in ("fused", f"vis_{task}", f"ir_{task}", "average")]
         try:
             table = desk.table(file, *sources, names, columns)
         except ValueError as error:
@@ -287,8 +287,8 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
         }  # fmt: skip
 
     with gr.Blocks(title="Image fusion", fill_width=True, analytics_enabled=False, delete_cache=KEPT) as page:
-        limits = f"{words('limits')} {desk.args.max_pixels / 1e6:g} MP, {format_size(desk.args.max_upload)}."
-        gr.Markdown(f"# Image fusion\n{words('about')} {limits}\n\n{words('start')}")
+        gr.Markdown(f"# Image fusion\n{words('about')}")
+        gr.Markdown(f"{words('limits')} {desk.args.max_pixels / 1e6:g} MP, {format_size(desk.args.max_upload)}.")
         gallery = gr.Gallery(
             [paths[0] for _, paths in samples], show_label=False, columns=len(samples), height="auto",
             object_fit="cover", allow_preview=False, interactive=False, buttons=[], elem_id="samples",
