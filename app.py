@@ -43,7 +43,6 @@ from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
 KEPT = (600, 3600)  # seconds: how often is looked for files to remove, and from which age on they are removed
-SECONDS_BETWEEN = 0.3  # two reports of progress
 FEATURE_PIXELS = 150_000  # feature maps are shown small; those of CDDFuse took 2500 bytes a pixel
 SIDES = ("vis", "ir")
 SAMPLE_SETS = {"Sample_IVF": "ivf", "Sample_MRI_CT": "mif", "Sample_MRI_PET": "mif"}
@@ -153,7 +152,7 @@ class Desk:
         def count(module: Any, inputs: tuple[Any, ...]) -> None:
             nonlocal done, told
             done += sum(value.numel() for value in inputs if isinstance(value, Tensor))
-            if (now := time.monotonic()) - told > SECONDS_BETWEEN:
+            if (now := time.monotonic()) - told > 0.3:  # seconds
                 share, told = min(done / total, 0.99), now
                 tell(share, (now - started) * (1 / share - 1) if share else math.inf)
 
@@ -330,7 +329,7 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
         fitted, buttons = [*files, options, colour, weights, *tabs], [fuse_button, cancel_button]
         quiet = {"show_progress": "hidden", "queue": False}
         for side, file, image in zip(SIDES, files, images, strict=True):
-            file.change(partial(preview, side), [file, task], image, api_name=f"preview_{side}", **quiet)
+            file.change(partial(preview, side), [file, task], image, show_progress="hidden", api_name=f"preview_{side}")
         gr.on([task.input, system.input], fit, [task, system], fitted, **quiet)
         gr.on([part.change for part in inputs], is_stale, [done, *inputs], stale, **quiet)
         picked = gallery.select(take_sample, None, [task, system, resized, spread, *fitted], **quiet)
