@@ -164,7 +164,7 @@ class Desk:
                 fusing.fuse_arrays(model, *np.zeros((2, side, side), np.float32), skip, normalise=False, **self.how)
                 self.work[system] = done / side**2
             done, total, started = 0, self.work[system] * vis.grey.size, time.monotonic()
-            fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.stretched, **self.how)
+            fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.normalised, **self.how)
         self.work[system] = done / vis.grey.size
         tell(1, 0)
         facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), {model.skip_name}: {skip}, "

@@ -82,20 +82,20 @@ def prepare(args: argparse.Namespace) -> int:
     check_writable(out.parent)
 
     pairs: list[Pair] = []
-    held_out: set[Pair] = set()
+    validation: set[Pair] = set()
     for (vis_folder, _), found in zip(folders, lists, strict=True):
         found.check_usable()
         pairs += found.pairs
-        held_out |= set(in_blocks(found.pairs, args.holdout) if args.holdout else [])
+        validation |= set(in_blocks(found.pairs, args.holdout) if args.holdout else [])
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
-    if args.holdout and not held_out:
+    if args.holdout and not validation:
         print(
             f"warning: --holdout {args.holdout} holds out none of {len(pairs)} pairs, so train.py cannot validate; "
             "choose a smaller number",
             file=sys.stderr,
         )
-    to_hold_out = set(held_out)  # each once, where a folder is named twice to have its patches twice
+    still_to_keep = set(validation)  # each once, where a folder is named twice to have its patches twice
     kept = dropped = 0
     bad: list[str] = []
     about = {
@@ -110,9 +110,9 @@ def prepare(args: argparse.Namespace) -> int:
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
         for pair in progress(pairs, "images", "pair"):
             try:
-                if pair in held_out:
-                    if pair in to_hold_out:
-                        to_hold_out.remove(pair)
+                if pair in validation:
+                    if pair in still_to_keep:
+                        still_to_keep.remove(pair)
                         writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                     continue
                 patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
@@ -138,7 +138,7 @@ def prepare(args: argparse.Namespace) -> int:
             )
     print(
         f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, "
-        f"{len(held_out)} held out, {len(bad)} left out"
+        f"{len(validation)} held out, {len(bad)} left out"
     )
     return EXIT_BAD_INPUT if bad else 0
 

@@ -244,10 +244,10 @@ def excluded(rows: Sequence[Row]) -> list[str]:
 def provenance(rows: Sequence[Row], commit: str) -> list[str]:
     """A line for each list of images among the rows, what the protocols are, and a warning where the images differ."""
     protocols = dict.fromkeys(row.protocol for row in rows)
-    lists = dict.fromkeys(row.sheet.digest for row in rows)
+    lists = dict.fromkeys(row.sheet.images_hash for row in rows)
     lines = []
     for images in lists:
-        these = [row for row in rows if row.sheet.digest == images]
+        these = [row for row in rows if row.sheet.images_hash == images]
         name = name_of_list(images)
         lines.append(
             (f"{listed({row.method for row in these}, most=20)}: " if len(lists) > 1 else "")

@@ -72,8 +72,8 @@ class Session:
         return ir
 
     @property
-    def stretched(self) -> bool:
-        return self.method.model.is_stretched(self.args.stretch)
+    def normalised(self) -> bool:
+        return self.method.model.is_normalised(self.args.normalise)
 
     def fuse(self, vis: Source, ir: Source, normalise: Callable | None = None) -> np.ndarray:
         """Fuses a pair; `normalise` takes the place of min-max normalisation, where the result is normalised at all."""
@@ -81,7 +81,7 @@ class Session:
         return fuse_sources(
             self.method.model, vis, ir, self.method.skip, colour=args.colour, precision=args.precision,
             max_memory=args.max_memory, scratch=args.scratch,
-            normalise=(normalise or True) if self.stretched else False,
+            normalise=(normalise or True) if self.normalised else False,
         )  # fmt: skip
 
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="two videos: how much later the infrared one began; may be negative (default: 0)")  # fmt: skip
     add("--smooth", type=float, default=1.0, metavar="SECONDS",
         help="videos: how slowly the range that is normalised follows the frames; 0: at once (default: 1)")  # fmt: skip
-    add("--stretch", action=argparse.BooleanOptionalAction,
+    add("--normalise", action=argparse.BooleanOptionalAction,
         help="min-max normalise the fused image (default: as the system's published test does)")  # fmt: skip
     add("--task", choices=TASKS, default="ivf", help="ivf: infrared and visible, mif: medical (default: ivf)")
     add("--system", choices=list(SYSTEMS), default="cddfuse", help="default: cddfuse")
@@ -374,7 +374,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
     if len(means) > 1:
         *flicker, alone = np.abs(np.diff(means, axis=0)).mean(axis=0)
         parts = [f"{name} {mean:.2f}" for name, mean in zip(("fused", "visible", "infrared"), flicker, strict=True)]
-        each = f"; {alone:.2f} if each frame were normalised alone" if session.stretched else ""
+        each = f"; {alone:.2f} if each frame were normalised alone" if session.normalised else ""
         print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{each}")
     return bad
 

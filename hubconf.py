@@ -31,7 +31,7 @@ def _model(name):
     Args:
         weights: a file in the published format instead; or "published": published/models/ of this checkout.
         task: what will be fused: "ivf", infrared and visible images, or "mif", MRI and CT, PET or SPECT.
-        options: skip, stretched and device, as for `utils.inference.fusing.load_fuser`, and what else it takes.
+        options: skip, normalised and device, as for `utils.inference.fusing.load_fuser`, and what else it takes.
 
     Returns:
         `utils.inference.fusing.Fuser`; the system itself is its attribute `system`.

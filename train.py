@@ -143,7 +143,7 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     dataset = PatchDataset(data, colour=system.takes_colour)
     check_patches(options, system, dataset, data)
     settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
-    settings |= {"patches": len(dataset), "patches_hash": dataset.digest}
+    settings |= {"patches": len(dataset), "patches_hash": dataset.hash}
     facts = {"data": data.name, "init": getattr(args.init or args.init_partial, "name", ""), "commit": git_commit(),
              "recipe": args.recipe}  # fmt: skip
 
@@ -169,7 +169,7 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
             log(f"resumed from {resumed}: {run.epoch} of {run.epochs} epochs and {run.batch} batches done")
         processes = f" in {ranks()} processes" if ranks() > 1 else ""
         log(
-            f"{system.label}, {args.task}, recipe {args.recipe}: {len(dataset)} patches and {len(dataset.held_out)} "
+            f"{system.label}, {args.task}, recipe {args.recipe}: {len(dataset)} patches and {len(dataset.validation)} "
             f"validation pairs of {data}, {run.epochs} epochs of {run.epoch_batches} steps, {device}{processes}, "
             f"to {out}"
         )
@@ -190,7 +190,7 @@ def check_patches(options: Options, system: type, dataset: PatchDataset, data: P
             f"{system.smallest_patch}, and the patches of {data} have {dataset.size}"
         )
     least = max(system.smallest_patch, system.smallest_side, SMALLEST_SCORED)
-    small = [pair.name for pair in dataset.held_out if min(pair.ir.shape) < least]
+    small = [pair.name for pair in dataset.validation if min(pair.ir.shape) < least]
     if small:
         raise InputError(
             f"{data} holds validation pairs with a side under {least} pixels ({listed(small)}); make it again with "
@@ -271,14 +271,14 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Any) -> None:
     stage, epoch_in_stage = run.stage_of(run.epoch - 1)
     text = f"{stage.name} {epoch_in_stage + 1}/{stage.epochs}: total loss {line['losses']['total']:.4f}"
     text += f", {line['seconds']:.0f} s"
-    pairs = run.dataset.held_out
+    pairs = run.dataset.validation
     due = args.validate_every and ((epoch_in_stage + 1) % args.validate_every == 0 or run.epoch == run.epochs)
     if pairs and due and is_first():
         with run.averaged():
             losses, metrics = validate(run.model, stage, args.task, pairs, run.options.precision)
             panel = draw_panel(run.model, args.task, pairs, skip=stage.skip)
         looked_at = {"losses": losses, "metrics": metrics}
-        line["validation"] = {"pairs": run.dataset.held_out_digest} | looked_at
+        line["validation"] = {"pairs": run.dataset.validation_hash} | looked_at
         text += f"; validation total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
         try:
             if stage is run.stage_of(run.epochs - 1)[0]:

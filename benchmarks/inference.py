@@ -201,7 +201,7 @@ def time_sizes(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder) / "CDDFuse_IVF.onnx"
         if set(chosen) & set(ENGINES):
-            export.main(["--formats", "onnx", "--no-stretch", "--out", folder])
+            export.main(["--formats", "onnx", "--no-normalise", "--out", folder])
         calls = {side: make_call(side, model, onnx_file, args.threads) for side in chosen}
         for size, (height, width) in sizes.items():
             found = time_in_turns(calls, made_pair(height, width, seed=0)[1:], args.rounds)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    if not PatchDataset(args.data).held_out:
+    if not PatchDataset(args.data).validation:
         raise InputError(f"{args.data} has no validation pairs; make it with `python dataprocessing.py --holdout 20`")
     folder = args.out or Path(tempfile.mkdtemp(prefix="recipes_"))
     commit = git_commit()  # now: the checkout may change during the runs

@@ -1,4 +1,4 @@
-"""Time and memory of a training step of CDDFuse: ours against the literal transcription of the published one.
+"""Time and memory of a training step of CDDFuse: ours against the reference implementation of the published one.
 
     python -m benchmarks.train_step                    # this machine: CPU, and CUDA where there is one
     python -m benchmarks.train_step --size 64 --rounds 2 --json train_step.json

@@ -1,4 +1,4 @@
-"""The published formulas of the twelve fusion metrics, transcribed literally and slowly.
+"""The published formulas of the twelve fusion metrics, literal and slow.
 
 This is the second implementation that `utils/metrics.py` is tested against, and the baseline of
 `benchmarks/metrics.py`. It shares no code with `utils/metrics.py`: full two-dimensional windows through

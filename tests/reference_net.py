@@ -1,4 +1,4 @@
-"""The published networks and training steps of CDDFuse, transcribed literally from their specification.
+"""The published networks and training steps of CDDFuse, written literally from their specification.
 
 The second implementation that net.py and the training are measured and tested against: every operation as it is
 described, one after the other, one modality after the other, in the memory layout that torch has by default. It

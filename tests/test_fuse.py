@@ -225,7 +225,7 @@ def test_a_video_keeps_its_frame_count_rate_and_size(suffix, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("f*")) == [f"f{suffix}", "f_panel.png"]
 
 
-def test_brightness_is_steadier_than_if_each_frame_were_stretched_alone(model, tmp_path, capsys):
+def test_brightness_is_steadier_than_if_each_frame_were_normalised_alone(model, tmp_path, capsys):
     ir, vi = (write_video(tmp_path / f"{name}.mkv", 5, seed=seed) for seed, name in enumerate(("ir", "vi")))
     flicker = {}
     for smooth in (2, 0):

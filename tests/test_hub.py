@@ -11,7 +11,7 @@ import torch
 
 import hubconf
 from utils.common import ROOT, InputError
-from utils.inference.fusing import stretch
+from utils.inference.fusing import min_max_normalise
 from zoo import SYSTEMS, find_system
 
 
@@ -24,7 +24,7 @@ def elsewhere(code, folder):
 
 def test_models_are_loaded_by_name_from_any_folder(tmp_path):
     code = """
-model = torch.hub.load(repo, "cddfuse", source="local", task="mif", stretched=False)
+model = torch.hub.load(repo, "cddfuse", source="local", task="mif", normalised=False)
 with torch.no_grad():
     fused = model(torch.rand(2, 1, 20, 24), torch.rand(2, 1, 20, 24))
 print(type(model).__name__, model.weights.name, model.skip, model.training, tuple(fused.shape))
@@ -55,7 +55,7 @@ def test_published_files_are_loaded(tmp_path):
     fuser = hubconf.mlfuse(tmp_path / "model_fuse.pth", task="mif")
     vis, ir = torch.rand(2, 1, 1, 20, 24)
     with torch.no_grad():
-        torch.testing.assert_close(fuser(vis, ir), stretch(system.fuse(vis, ir)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(fuser(vis, ir), min_max_normalise(system.fuse(vis, ir)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -159,25 +159,25 @@ def test_set_means_equal_those_of_the_published_evaluator(name):
 # --- the second implementation -----------------------------------------------------------------------------
 
 
-def transcribed_score(*images: np.ndarray, protocol: str = "paper") -> dict[str, float]:
+def reference_score(*images: np.ndarray, protocol: str = "paper") -> dict[str, float]:
     with np.errstate(under="ignore"):  # exp(-15 g) of Qabf
         return reference_metrics.score(*images, protocol=protocol)
 
 
 @pytest.mark.parametrize("protocol", ["paper", "standard"])
 @pytest.mark.parametrize("size", [(41, 41), (41, 120), (97, 64), (130, 151)])
-def test_score_equals_the_literal_transcription(size, protocol):
+def test_score_equals_the_reference_implementation(size, protocol):
     for seed in range(2):
         images = made_images(seed, *size)
-        want = transcribed_score(*images, protocol=protocol)
+        want = reference_score(*images, protocol=protocol)
         assert score(*images, protocol=protocol) == pytest.approx(want, rel=1e-8)
 
 
-def test_fractions_are_scored_like_the_transcription_except_for_mi():
+def test_fractions_are_scored_like_the_reference_implementation_except_for_mi():
     rng = np.random.default_rng(3)
     images = tuple(rng.uniform(0, 255, size=(50, 60)) for _ in range(3))
     for key in KEYS:
-        if key != "MI":  # the transcription takes every distinct value for a label
+        if key != "MI":  # the reference takes every distinct value for a label
             inputs = images if METRICS[key].takes_sources else images[:1]
             want = getattr(reference_metrics, key.lower())(*inputs)
             assert score(*images, metrics=[key])[key] == pytest.approx(want, rel=1e-8), key
@@ -188,13 +188,13 @@ def test_fractions_are_scored_like_the_transcription_except_for_mi():
     ("name", "folder_a", "folder_b"),
     [("TNO", "ir", "vi"), ("MRI_CT", "CT", "MRI"), ("MRI_PET", "PET", "MRI")],
 )
-def test_real_images_are_scored_like_the_transcription(name, folder_a, folder_b):
+def test_real_images_are_scored_like_the_reference_implementation(name, folder_a, folder_b):
     root = Path(os.environ["FUSION_DATA"]) / "test_img" / name
     for file in sorted((root / folder_a).iterdir())[::20]:
         sources = (read_grey(root / folder / file.name) for folder in (folder_a, folder_b))
         a, b = (source[:300, :300].astype(np.float64) for source in sources)
         fused = averaged(a, b)
-        assert score(fused, a, b) == pytest.approx(transcribed_score(fused, a, b), rel=1e-6)
+        assert score(fused, a, b) == pytest.approx(reference_score(fused, a, b), rel=1e-6)
 
 
 # --- values worked by hand ---------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_files_as_written(infrared, weights, model, tmp_
         fused = read_grey(folder / f"{name}.png")
         write_grey(tmp_path / "again.png", fuse_arrays(model, vis, ir, "vis"))
         np.testing.assert_array_equal(fused, read_grey(tmp_path / "again.png"))
-        assert fused.min() == 0 and fused.max() == 255  # stretched, as published
+        assert fused.min() == 0 and fused.max() == 255  # normalised, as published
         wanted.append(score(fused, ir, vis))
         assert float(rows[name]["VIF"]) == pytest.approx(wanted[-1]["VIF"], rel=1e-12)
     for metric, value in means["mean"].items():
@@ -271,9 +271,9 @@ def test_weights_that_give_nan_are_refused_not_scored(infrared, model, tmp_path,
     assert not list((tmp_path / "o").rglob("*.png"))
 
 
-def test_protocol_and_stretch_are_options(infrared, weights, tmp_path, capsys):
+def test_protocol_and_normalisation_are_options(infrared, weights, tmp_path, capsys):
     options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
-    assert "protocol standard" in run(test_IVF, capsys, *options, "--protocol", "standard", "--no-stretch")[1]
+    assert "protocol standard" in run(test_IVF, capsys, *options, "--protocol", "standard", "--no-normalise")[1]
     fused = read_grey(tmp_path / "out/CDDFuse_IVF/MINE/b.png")
     assert fused.min() > 0 and fused.max() < 255
 

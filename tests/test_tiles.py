@@ -62,7 +62,7 @@ def test_tiles_far_below_the_halos(systems, pixels):
 @pytest.mark.parametrize("name", TILED)
 def test_gradients_are_refused_with_what_to_do(systems, name):
     if name == "mlfuse":
-        pytest.skip("works in strips of its own, which keep gradients")
+        pytest.skip("works in tiles of its own, which keep gradients")
     with pytest.raises(RuntimeError, match="torch.inference_mode"):
         systems[name].fuse_tiled(*images(1, 20, 20), systems[name].skips[0], Tiles(100))
 

@@ -6,7 +6,7 @@
 
 Either file takes two images `vis` and `ir`, (batch, 1, height, width) float32 in [0, 1], any batch and any size from
 the system's smallest side up, and gives `fused`, of the same shape and in the same range: what the test scripts write,
-min-max normalised (clipped with --no-stretch). ONNX needs the packages onnx, onnxscript and onnxruntime.
+min-max normalised (clipped with --no-normalise). ONNX needs the packages onnx, onnxscript and onnxruntime.
 docs/deployment.md runs such a file.
 """
 
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--weights", type=Path, metavar="FILE", help="or published (default: those in models/ for system and task)")
     add("--skip", help="image that the decoder is given: vis, sum or none (default: the published rule)")
     add(
-        "--stretch",
+        "--normalise",
         action=argparse.BooleanOptionalAction,
-        help="min-max normalise each fused image; --no-stretch clips, for video (default: as published)",
+        help="min-max normalise each fused image; --no-normalise clips, for video (default: as published)",
     )
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: onnx pt2 (torch.export)")
     add("--out", type=Path, default=Path("exported"), metavar="DIR", help="default: exported")
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                     "write only a torch.export file with --formats pt2"
                 ) from error
     check_writable(args.out)
-    fuser = load_fuser(find_system(args.system), args.task, args.weights, args.skip, stretched=args.stretch)
+    fuser = load_fuser(find_system(args.system), args.task, args.weights, args.skip, normalised=args.normalise)
     about = fuser.about() | {"smallest_side": SMALLEST_SIDES[args.system], "commit": git_commit()}
     program = trace(fuser, SMALLEST_SIDES[args.system])
     writers: dict[str, Callable[..., Runner]] = {"onnx": write_onnx, "pt2": write_pt2}

@@ -132,7 +132,7 @@ class System:
     other_weights: tuple[str, ...] = ()  # further files there
     published: Mapping[str, tuple[str, ...]] = {}  # task -> published files, as for `weights`
     columns: Sequence[str] = PAPER_TABLE  # of its published table
-    stretched = True  # whether its published test brings each fused image to the full range
+    normalised = True  # whether its published test brings each fused image to the full range
     takes_colour = False  # whether `fuse` and the training are given visible images in colour where there is some
     # Bytes a pixel of the image, in float32: of the maps that `fuse_tiled` keeps between two sweeps; and of all that
     # `fuse` takes, where there is no `fuse_tiled`, which is what --max-memory is held against (0: not known).
@@ -174,9 +174,9 @@ class System:
         return terms
 
     @classmethod
-    def is_stretched(cls, asked: bool | None) -> bool:
-        """Whether to stretch its images to the full range: as asked for, by default as in its published test."""
-        return cls.stretched if asked is None else asked
+    def is_normalised(cls, asked: bool | None) -> bool:
+        """Whether to min-max normalise its images: as asked for, by default as in its published test."""
+        return cls.normalised if asked is None else asked
 
     @classmethod
     def bundled_weights(cls, task: str) -> list[Path]:

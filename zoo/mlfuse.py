@@ -10,15 +10,15 @@ for this project from the published tensor shapes. In the published code the att
 "spatial" and its pixel part "spectral", in the paper's figure it is the other way round; here they are called by
 what they weigh.
 
-In strips of whole rows (`fuse_tiled`) the result is that of the whole image. Three quantities span it, and each is
-gathered strip by strip before the pass that makes the fused rows:
+In tiles of whole rows (`fuse_tiled`) the result is that of the whole image. Three quantities span it, and each is
+gathered tile by tile before the pass that makes the fused rows:
 
 - the channel part of the attention: the average of the input features under a softmax over all pixels;
 - the pixel part: their plain average, and then the normaliser of a second softmax over all pixels, which needs it;
 - the edge branch's pooled features, about H/6 x W/6, on which it convolves before it resizes them to H x W.
 
 Everything else is convolutions, and a fused row depends on six rows of the images on either side. Input features
-are made anew in each pass instead of kept, so that memory beyond the images and the result is that of one strip, and
+are made anew in each pass instead of kept, so that memory beyond the images and the result is that of one tile, and
 of the pooled features: 16 x H/6 x W numbers after they were resized to W.
 """
 
@@ -43,7 +43,7 @@ from zoo import Batch, Stage, System, check_options, option
 SMALLEST_SIDE = 15  # the edge branch pools 7 x 7 after a stride of two
 BRANCH_HALO = 3  # rows beside a row that a branch looks at: three 3x3 convolutions in the cross-modal branch
 MERGE_HALO = 2  # and two in the merging layer
-STRIP_ROWS = 32  # at least, so that the rows beside a strip, which are worked on twice, are few
+TILE_ROWS = 32  # at least, so that the rows beside a tile, which are worked on twice, are few
 
 
 class Outputs(NamedTuple):
@@ -59,12 +59,12 @@ class Outputs(NamedTuple):
 Rows = Callable[[int, int], Tensor]
 
 
-def input_rows(convolution: nn.Module, image: Tensor, in_strips: bool) -> Rows:
+def input_rows(convolution: nn.Module, image: Tensor, in_tiles: bool) -> Rows:
     """The input features of an image (B, 1, H, W), row by row.
 
-    Without strips they are made once, which batch norm needs in training; in strips whenever they are asked for.
+    Without tiles they are made once, which batch norm needs in training; in tiles whenever they are asked for.
     """
-    if not in_strips:
+    if not in_tiles:
         features = convolution(image)
         return lambda top, bottom: features[:, :, top:bottom]
 
@@ -141,14 +141,14 @@ class EdgeBranch(nn.Module):
         self.ouc_edge = nn.Conv2d(32, 1, 1)
 
     def pool(self, rows: Rows, ranges: Iterable[tuple[int, int]], height: int, width: int) -> Tensor:
-        """(B, 16, h, W), h about H / 6: along W they are resized already, along H each strip does it for its rows."""
+        """(B, 16, h, W), h about H / 6: along W they are resized already, along H each tile does it for its rows."""
         last = ((height - 3) // 2 + 1 - 7) // 3 + 1
         pieces = []
         for top, bottom in ranges:
             if (top, bottom) == (0, height):
                 pieces.append(self._shrink(rows(top, bottom)))
                 break
-            # Pooled row i is made of the rows 6i to 6i + 14; it belongs to the strip that holds the first of them.
+            # Pooled row i is made of the rows 6i to 6i + 14; it belongs to the tile that holds the first of them.
             start, stop = min(-(-top // 6), last), min(-(-bottom // 6), last)
             if start < stop:
                 pieces.append(self._shrink(rows(6 * start, 6 * stop + 9)))
@@ -218,7 +218,7 @@ class AttentionBranch(nn.Module):
             sizes.append(bottom - top)
         # Values are mixed before they are projected, where the published code does it after: the projections are
         # linear and without bias, so it is the same, and one product an image instead of one a pixel.
-        share = torch.stack(sums).softmax(dim=0)  # of each strip in the softmax over all pixels
+        share = torch.stack(sums).softmax(dim=0)  # of each tile in the softmax over all pixels
         context = (share * torch.stack(pooled)).sum(dim=0)[:, :, None, None]  # (B, 32, 1, 1)
         mean = means[0][:, :, None, None]
         if len(means) > 1:
@@ -264,10 +264,10 @@ class MLFuse(nn.Module):
         Raises:
             ValueError: the shapes differ, or a side is shorter than 15.
         """
-        return next(self.strips(img1, img2, [(0, img1.shape[2])]))
+        return next(self.tiles(img1, img2, [(0, img1.shape[2])]))
 
-    def strips(self, img1: Tensor, img2: Tensor, ranges: list[tuple[int, int]]) -> Iterator[Outputs]:
-        """What `forward` gives, in strips of whole rows, each from `top` to `bottom`: together all rows."""
+    def tiles(self, img1: Tensor, img2: Tensor, ranges: list[tuple[int, int]]) -> Iterator[Outputs]:
+        """What `forward` gives, in tiles of whole rows, each from `top` to `bottom`: together all rows."""
         if img1.shape != img2.shape or img1.ndim != 4 or min(img1.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(
                 f"MLFuse needs two (B, 1, H, W) of one shape with H and W at least {SMALLEST_SIDE}, "
@@ -275,7 +275,7 @@ class MLFuse(nn.Module):
             )
         height, width = img1.shape[2:]
         inputs = ((self.inc_edg, img1), (self.inc_ssd, img2), (self.inc_cmk_1, img1), (self.inc_cmk_2, img2))
-        edge_rows, salient_rows, *cross_rows = (input_rows(*pair, in_strips=len(ranges) > 1) for pair in inputs)
+        edge_rows, salient_rows, *cross_rows = (input_rows(*pair, in_tiles=len(ranges) > 1) for pair in inputs)
         pooled = self.edg_net.pool(edge_rows, ranges, height, width)
         context = self.ssd_net.gather(salient_rows, ranges)
         halo = BRANCH_HALO + MERGE_HALO
@@ -288,7 +288,7 @@ class MLFuse(nn.Module):
             attention_features, attention = self.ssd_net(salient_rows(first, last), context)
             merged = self.layer(torch.cat([edge_features, cross_features, attention_features], dim=1))
             outputs = (torch.tanh(self.outc(merged)), edge, cross, attention)
-            # Rows near an inner edge have seen padding in place of their neighbours; they belong to another strip.
+            # Rows near an inner edge have seen padding in place of their neighbours; they belong to another tile.
             yield Outputs(*(x[:, :, top - first : bottom - first] for x in outputs))
 
 
@@ -325,20 +325,20 @@ class MLFuseSystem(System, nn.Module):
         self.network = MLFuse()
 
     def fuse(self, vis: Tensor, ir: Tensor, skip: str = "none") -> Tensor:
-        """(B, 1, H, W) in [0, 1] twice -> (B, 1, H, W) in (-1, 1): stretch it to the full range, as published."""
+        """(B, 1, H, W) in [0, 1] twice -> (B, 1, H, W) in (-1, 1): min-max normalise it, as published."""
         if skip not in self.skips:
             raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
         return self.network(vis, ir).fused
 
     def fuse_tiled(self, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) -> Tensor:
-        """`fuse`, in strips of whole rows of about as many pixels as a tile."""
+        """`fuse`, in tiles of whole rows, of about `tiles.pixels` pixels each."""
         height, width = vis.shape[2:]
-        rows = max(STRIP_ROWS, tiles.pixels // (len(vis) * width)) if tiles.pixels else height
+        rows = max(TILE_ROWS, tiles.pixels // (len(vis) * width)) if tiles.pixels else height
         ranges = [(top, min(top + rows, height)) for top in range(0, height, rows)]
-        # Filled, not collected: a small strip kept after each would cut up the memory that strips are made in.
+        # Filled, not collected: a small tile kept after each would cut up the memory that tiles are made in.
         fused = torch.empty_like(vis)
-        for (top, bottom), strip in zip(ranges, self.network.strips(vis, ir, ranges), strict=True):
-            fused[:, :, top:bottom] = strip.fused
+        for (top, bottom), tile in zip(ranges, self.network.tiles(vis, ir, ranges), strict=True):
+            fused[:, :, top:bottom] = tile.fused
         return fused
 
     def stages(self, options: Options, task: str) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""Digests of images and lists, and the verdict on a copy of a set."""
+"""Hashes of images and lists, and the verdict on a copy of a set."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tools import make_manifest as tool
 from utils.common import InputError
 from utils.data.manifests import (
     FOLDER,
-    grey_digest,
-    list_digest,
+    grey_hash,
+    list_hash,
     make_manifest,
     name_of_list,
-    pair_digest,
+    pair_hash,
     read_manifests,
     verify,
     write_manifest,
@@ -35,19 +35,19 @@ def small_set(tmp_path):
     return tmp_path / "SMALL"
 
 
-def test_grey_digest_is_the_sha256_of_size_and_bytes():
+def test_grey_hash_is_the_sha256_of_size_and_bytes():
     image = np.array([[1, 2, 3], [4, 5, 255]], dtype=np.float32)
-    assert grey_digest(image) == hashlib.sha256(b"2x3 1\n" + bytes([1, 2, 3, 4, 5, 255])).hexdigest()
-    assert grey_digest(image.astype(np.uint8)) == grey_digest(image)
-    assert grey_digest(image.reshape(3, 2)) != grey_digest(image)
-    assert grey_digest(image + np.float32(0.25)) != grey_digest(image)
+    assert grey_hash(image) == hashlib.sha256(b"2x3 1\n" + bytes([1, 2, 3, 4, 5, 255])).hexdigest()
+    assert grey_hash(image.astype(np.uint8)) == grey_hash(image)
+    assert grey_hash(image.reshape(3, 2)) != grey_hash(image)
+    assert grey_hash(image + np.float32(0.25)) != grey_hash(image)
 
 
 def test_neither_order_nor_names_count_but_every_pixel_does():
     a, b, c = (np.full((4, 4), level, dtype=np.float32) for level in (1, 2, 3))
-    assert pair_digest(a, b) == pair_digest(b, a) != pair_digest(a, c)
-    pairs = [pair_digest(a, b), pair_digest(a, c)]
-    assert list_digest(pairs) == list_digest(reversed(pairs)) != list_digest(pairs[:1])
+    assert pair_hash(a, b) == pair_hash(b, a) != pair_hash(a, c)
+    pairs = [pair_hash(a, b), pair_hash(a, c)]
+    assert list_hash(pairs) == list_hash(reversed(pairs)) != list_hash(pairs[:1])
 
 
 def test_a_copy_is_recognised(small_set):

@@ -217,7 +217,7 @@ def test_bad_patch_files_are_refused(tmp_path):
                 file[key] = value
                 if key.startswith("validation"):
                     file[key].attrs["name"] = "one"
-    assert len(PatchDataset(tmp_path / "good.h5").held_out) == 1
+    assert len(PatchDataset(tmp_path / "good.h5").validation) == 1
     for name, options in (("huge", {"chunks": (1, 8, 8)}), ("external", {"external": [(tmp_path / "raw", 0, 10**9)]})):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             shape = (10**12, 8, 8) if name == "huge" else (2, 8, 8)
@@ -317,22 +317,22 @@ def test_flips_and_quarter_turns_are_the_eight_of_the_square(tmp_path):
     assert seen == {tuple(image.astype(int).flatten()) for image in turned}
 
 
-# ---- held-out pairs --------------------------------------------------------------------------------------
+# ---- validation pairs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["compact", "published"])
-def test_one_pair_in_n_is_held_out_and_no_patch_is_cut_from_it(tmp_path, layout):
+def test_one_pair_in_n_is_for_validation_and_no_patch_is_cut_from_it(tmp_path, layout):
     for i in range(7):
         write_pair(tmp_path / "SET", ("vi", "ir"), f"{i}.png", seed=i)
     out = tmp_path / "p.h5"
     options = ["--patch-size", "32", "--stride", "32", "--holdout", "3", "--holdout-size", "50", "--layout", layout]
     assert dataprocessing.main(["--data", str(tmp_path / "SET"), "--out", str(out), *options]) == 0
     dataset = PatchDataset(out)
-    assert [Path(pair.name).name for pair in dataset.held_out] == ["2.png", "3.png"]  # a block of neighbours
+    assert [Path(pair.name).name for pair in dataset.validation] == ["2.png", "3.png"]  # a block of neighbours
     vis, ir = read_luma(tmp_path / "SET/vi/3.png"), read_luma(tmp_path / "SET/ir/3.png")
     middle = np.s_[7:57, 11:61]  # of 64 x 72
-    np.testing.assert_array_equal(dataset.held_out[1].vis, np.round(vis[middle]).astype(np.uint8))
-    np.testing.assert_array_equal(dataset.held_out[1].ir, np.round(ir[middle]).astype(np.uint8))
+    np.testing.assert_array_equal(dataset.validation[1].vis, np.round(vis[middle]).astype(np.uint8))
+    np.testing.assert_array_equal(dataset.validation[1].ir, np.round(ir[middle]).astype(np.uint8))
     assert len(dataset) == 5 * 4
 
 
@@ -344,7 +344,7 @@ def test_a_set_named_twice_counts_twice_and_its_held_out_pairs_once(tmp_path):
     assert dataprocessing.main(["--data", *[str(tmp_path / "SET")] * 2, "--out", str(out), *options]) == 0
     dataset = PatchDataset(out)
     assert len(dataset) == 2 * 3 * 4
-    assert [Path(pair.name).name for pair in dataset.held_out] == ["2.png"]
+    assert [Path(pair.name).name for pair in dataset.validation] == ["2.png"]
 
 
 def test_bad_holdouts_are_refused(folder, tmp_path, capsys):
@@ -380,13 +380,13 @@ def test_colour_patches_are_those_of_the_file_and_their_grey_is_that_of_a_grey_f
     levels = read_colour(folder / "vi/10.png")
     np.testing.assert_array_equal(colour.vis[6 + 5], levels[20:52, 40:72])
     torch.testing.assert_close(colour[11][0], torch.from_numpy(levels[20:52, 40:72] / 255).movedim(-1, 0))
-    np.testing.assert_array_equal(colour.held_out[0].vis, read_colour(folder / "vi/02.png")[7:57, 11:61])
+    np.testing.assert_array_equal(colour.validation[0].vis, read_colour(folder / "vi/02.png")[7:57, 11:61])
     # A system that takes no colour sees the grey file.
     as_grey = PatchDataset(tmp_path / "colour.h5")
-    assert as_grey.digest == grey.digest and colour.digest != grey.digest
-    assert as_grey.held_out_digest == grey.held_out_digest != colour.held_out_digest
-    np.testing.assert_array_equal(as_grey.held_out[0].vis, grey.held_out[0].vis)
-    np.testing.assert_array_equal(as_grey.held_out[0].ir, colour.held_out[0].ir)
+    assert as_grey.hash == grey.hash and colour.hash != grey.hash
+    assert as_grey.validation_hash == grey.validation_hash != colour.validation_hash
+    np.testing.assert_array_equal(as_grey.validation[0].vis, grey.validation[0].vis)
+    np.testing.assert_array_equal(as_grey.validation[0].ir, colour.validation[0].ir)
 
 
 def test_random_batches_keep_colours_on_their_pixels(tmp_path):

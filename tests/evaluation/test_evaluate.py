@@ -21,7 +21,7 @@ import evaluate
 from tests.conftest import write_pair
 from utils.common import ROOT
 from utils.data.images import read_grey, write_grey
-from utils.data.manifests import list_digest, make_manifest, pair_digest
+from utils.data.manifests import list_hash, make_manifest, pair_hash
 from utils.data.pairs import list_pairs
 from utils.evaluation.tables import read_results
 from utils.metrics import METRICS, PAPER_TABLE, TABLES, score
@@ -94,8 +94,8 @@ def test_table_names_directions_protocol_pairs_images_and_commit(scene, capsys):
     header, row, facts, about = out.splitlines()
     assert header.split() == ["method", "EN↑", "MSE↓"]
     assert row.split()[0] == "Maximum"
-    digest = make_manifest(scene / "SMALL")["images"][:12]
-    assert facts.startswith(f"protocol standard, 3 pairs, images {digest}, commit ")
+    hash = make_manifest(scene / "SMALL")["images"][:12]
+    assert facts.startswith(f"protocol standard, 3 pairs, images {hash}, commit ")
     assert about.startswith("standard: textbook")
 
 
@@ -180,9 +180,9 @@ def test_rows_about_different_images_are_said_to_be(scene, capsys):
     (scene / "Mixture" / "01.png").unlink()
     _, out, _ = run(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL")
     assert "rows about different images cannot be compared" in out
-    digests = {n: pair_digest(*sources(scene, n)) for n in NAMES}
-    assert f"Maximum: protocol paper, 3 pairs, images {list_digest(digests.values())[:12]}" in out
-    assert f"Mixture: protocol paper, 2 pairs, images {list_digest([digests['02'], digests['b.x']])[:12]}" in out
+    hashes = {n: pair_hash(*sources(scene, n)) for n in NAMES}
+    assert f"Maximum: protocol paper, 3 pairs, images {list_hash(hashes.values())[:12]}" in out
+    assert f"Mixture: protocol paper, 2 pairs, images {list_hash([hashes['02'], hashes['b.x']])[:12]}" in out
 
 
 def test_a_bad_pair_of_sources_is_left_out_for_everybody(scene, capsys):

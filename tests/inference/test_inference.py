@@ -1,4 +1,4 @@
-"""Two arrays in, one array out: conversion, stretching, device."""
+"""Two arrays in, one array out: conversion, normalisation, device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.inference import operations_per_pixel
 from utils.common import InputError
 from utils.inference import fusing
-from utils.inference.fusing import Fuser, fuse_arrays, load_fuser, pick_device, stretch, to_levels, to_network
+from utils.inference.fusing import Fuser, fuse_arrays, load_fuser, min_max_normalise, pick_device, to_levels, to_network
 from zoo import SYSTEMS, find_system
 from zoo.cddfuse import CDDFuseSystem
 
@@ -30,14 +30,14 @@ def test_conversion_to_the_network_and_back_keeps_every_level():
     np.testing.assert_array_equal(np.floor(to_levels(tensor) + 0.5), levels)
 
 
-def test_stretch_is_of_each_image():
+def test_normalisation_is_of_each_image():
     images = torch.stack([torch.linspace(0.2, 0.4, 12), torch.linspace(0.5, 0.9, 12)]).view(2, 1, 3, 4)
-    stretched = stretch(images)
-    assert stretched.amin(dim=(1, 2, 3)).tolist() == [0, 0] and stretched.amax(dim=(1, 2, 3)).tolist() == [1, 1]
+    normalised = min_max_normalise(images)
+    assert normalised.amin(dim=(1, 2, 3)).tolist() == [0, 0] and normalised.amax(dim=(1, 2, 3)).tolist() == [1, 1]
 
 
 def test_constant_image_is_left_as_it_is_instead_of_nan():
-    assert stretch(torch.full((1, 1, 3, 3), 0.4)).eq(0.4).all()
+    assert min_max_normalise(torch.full((1, 1, 3, 3), 0.4)).eq(0.4).all()
 
 
 def test_fused_image_has_the_size_of_the_sources_and_the_full_range(model):
@@ -104,7 +104,7 @@ def test_a_fuser_gives_one_result_with_and_without_gradients(name, size):
     """Images larger than a tile, called as README does."""
     torch.manual_seed(0)
     system = find_system(name)().eval()
-    fuser = Fuser(system, Path("none.pth"), system.skips[0], stretched=False).eval()
+    fuser = Fuser(system, Path("none.pth"), system.skips[0], normalised=False).eval()
     vis, ir = torch.rand(2, 1, 1, *size)
     with_gradients = fuser(vis, ir)
     with torch.inference_mode():

@@ -131,7 +131,7 @@ def test_max_memory_does_not_change_the_result(model, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.inference.fusing.memory_to_take", lambda device, most: free if most else 10**9)
     bounded = fuse_arrays(model, vis, ir, "vis", max_memory=10**9, scratch=tmp_path)
     assert made and set(made) == {tmp_path}
-    np.testing.assert_allclose(bounded, fuse_arrays(model, vis, ir, "vis"), rtol=0, atol=255e-5)  # after stretching
+    np.testing.assert_allclose(bounded, fuse_arrays(model, vis, ir, "vis"), rtol=0, atol=255e-5)  # after normalisation
 
 
 def test_out_of_memory_on_the_device_is_tried_again_with_half_and_said(model, monkeypatch, capsys):

@@ -45,7 +45,7 @@ def test_what_train_writes_is_drawn_and_told(patch_file, tmp_path, capsys):
         f"| {log[-1]['losses']['total']:.4f} |" in out and f"| {log[-1]['validation']['metrics']['VIF']:.3f} |" in out
     )
     assert cv2.imread(str(run / "curves.png")).std() > 10
-    assert log[1]["validation"]["pairs"] == PatchDataset(patch_file).held_out_digest
+    assert log[1]["validation"]["pairs"] == PatchDataset(patch_file).validation_hash
 
 
 def test_the_gain_is_counted_from_so_many_hours_before_the_end_over_all_runs(tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_forward_equals_the_second_implementation(network, size):
 
 @pytest.mark.parametrize("size", [(33, 22), (64, 16), (101, 15)])
 @pytest.mark.parametrize("rows", [32, 46])
-def test_strips_of_any_height_give_the_result_of_the_whole_image(network, size, rows):
+def test_tiles_of_any_height_give_the_result_of_the_whole_image(network, size, rows):
     double = MLFuse().eval().double()
     double.load_state_dict(network.state_dict())
     first = torch.cat([formula_image(0, *size), formula_image(2, *size)]).double()
@@ -167,8 +167,8 @@ def test_strips_of_any_height_give_the_result_of_the_whole_image(network, size, 
     ranges = [(top, min(top + rows, size[0])) for top in range(0, size[0], rows)]
     with torch.no_grad():
         wanted = double(first, second)
-        strips = zip(*double.strips(first, second, ranges), strict=True)
-    for name, x, parts in zip(wanted._fields, wanted, strips, strict=True):
+        tiles = zip(*double.tiles(first, second, ranges), strict=True)
+    for name, x, parts in zip(wanted._fields, wanted, tiles, strict=True):
         torch.testing.assert_close(torch.cat(parts, dim=2), x, rtol=0, atol=1e-12, msg=name)
 
 

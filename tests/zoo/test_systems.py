@@ -86,7 +86,7 @@ def test_systems_are_rows_of_one_table(folder, tmp_path, capsys):
         name: json.loads((tmp_path / "out" / name / "MINE/metrics.json").read_text()) for name in ("cdd", "student")
     }
     assert {name: each["system"] for name, each in facts.items()} == {"cdd": "CDDFuse", "student": "TSDM-Fusion"}
-    assert {name: each["stretch"] for name, each in facts.items()} == {"cdd": True, "student": False}  # as published
+    assert {name: each["normalised"] for name, each in facts.items()} == {"cdd": True, "student": False}  # as published
 
 
 def test_several_systems_need_a_file_each(folder, tmp_path, capsys):
@@ -111,7 +111,7 @@ def test_system_that_takes_colour_is_given_it_and_its_colours_are_written_and_sc
     assert scores["VIF"] == pytest.approx(np.mean(wanted))
 
 
-def test_damaged_sources_are_alike_for_all_systems_and_scores_are_against_the_undamaged_ones(folder, tmp_path, capsys):
+def test_degraded_sources_are_alike_for_all_systems_and_scores_are_against_the_clean_ones(folder, tmp_path, capsys):
     both = ["--system", "tsdm", "cddfuse", "--weights", folder / "student.pth", folder / "cdd.pth", "--degrade", "7"]
     assert table(folder, tmp_path / "out", *both) == 0
     printed = capsys.readouterr().out
@@ -130,9 +130,9 @@ def test_damaged_sources_are_alike_for_all_systems_and_scores_are_against_the_un
     wanted = [score(read_grey(cdd / f"{name}.png"), *(read_grey(folder / "MINE" / kind / f"{name}.png")
               for kind in ("ir", "vi")))["SSIM"] for name in ("a", "b")]  # fmt: skip
     assert facts["degrade"] == 7 and facts["mean"]["SSIM"] == pytest.approx(np.mean(wanted))
-    assert not (tmp_path / "out/cdd/MINE").exists()  # what is there of undamaged sources is left alone
+    assert not (tmp_path / "out/cdd/MINE").exists()  # what is there of clean sources is left alone
 
-    assert table(folder, tmp_path / "again", *both) == 0  # the same seed damages alike
+    assert table(folder, tmp_path / "again", *both) == 0  # the same seed degrades alike
     assert rows(capsys.readouterr().out) == rows(printed)
 
 

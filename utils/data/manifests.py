@@ -1,6 +1,6 @@
-"""Which images a table is about: digests of grey images, and lists of published sets (`manifests/*.json`).
+"""Which images a table is about: hashes of grey images, and lists of published sets (`manifests/*.json`).
 
-A digest is taken of the grey levels as they are scored, not of the file, so that a copy in another lossless format
+A hash is taken of the grey levels as they are scored, not of the file, so that a copy in another lossless format
 counts as the same image. JPEG decoders differ by a level here and there; such a copy is another image, and gets
 other scores.
 """
@@ -21,10 +21,10 @@ from utils.data.images import read_grey
 from utils.data.pairs import find_modalities, images_in, list_pairs
 
 FOLDER = ROOT / "results" / "manifests"
-SHOWN = 12  # hexadecimal digits of a digest in tables
+SHOWN = 12  # hexadecimal digits of a hash in tables
 
 
-def grey_digest(image: np.ndarray) -> str:
+def grey_hash(image: np.ndarray) -> str:
     """SHA-256 of the size and the grey levels, (H, W), or colours, (H, W, 3): one byte each if whole, else float32."""
     levels = image.astype(np.uint8)
     stored = levels if np.array_equal(levels, image) else image.astype("<f4")
@@ -32,22 +32,22 @@ def grey_digest(image: np.ndarray) -> str:
     return hashlib.sha256(f"{size} {stored.dtype.itemsize}\n".encode() + stored.tobytes()).hexdigest()
 
 
-def pair_digest(vis: np.ndarray, ir: np.ndarray) -> str:
-    """Digest of two sources. Exchanging them changes nothing, as it changes no metric."""
-    return hashlib.sha256(" ".join(sorted([grey_digest(vis), grey_digest(ir)])).encode()).hexdigest()
+def pair_hash(vis: np.ndarray, ir: np.ndarray) -> str:
+    """Hash of two sources. Exchanging them changes nothing, as it changes no metric."""
+    return hashlib.sha256(" ".join(sorted([grey_hash(vis), grey_hash(ir)])).encode()).hexdigest()
 
 
-def list_digest(pairs: Iterable[str]) -> str:
-    """Digest of a list of pairs, given the digest of each. Neither order nor file names count."""
+def list_hash(pairs: Iterable[str]) -> str:
+    """Hash of a list of pairs, given the hash of each. Neither order nor file names count."""
     return hashlib.sha256("\n".join(sorted(pairs)).encode()).hexdigest()
 
 
 def make_manifest(folder: Path) -> dict[str, Any]:
-    """Names and digests of a set: a folder with two sub-folders of equally named images.
+    """Names and hashes of a set: a folder with two sub-folders of equally named images.
 
     Returns:
-        "set" (the folder's name), "pairs", "images" (`list_digest`) and "files": sub-folder -> file name ->
-        {"sha256": of the file, "grey": `grey_digest`}.
+        "set" (the folder's name), "pairs", "images" (`list_hash`) and "files": sub-folder -> file name ->
+        {"sha256": of the file, "grey": `grey_hash`}.
 
     Raises:
         InputError, FileNotFoundError: as `find_modalities`, `list_pairs` and `read_grey`; a file has no partner.
@@ -61,10 +61,10 @@ def make_manifest(folder: Path) -> dict[str, Any]:
     pairs = []
     for pair in found.pairs:
         images = pair.read()
-        pairs.append(pair_digest(*images))
+        pairs.append(pair_hash(*images))
         for name, path, image in zip(names, (pair.vis, pair.ir), images, strict=True):
-            files[name][path.name] = {"sha256": file_sha256(path), "grey": grey_digest(image)}
-    return {"set": folder.resolve().name, "pairs": len(pairs), "images": list_digest(pairs), "files": files}
+            files[name][path.name] = {"sha256": file_sha256(path), "grey": grey_hash(image)}
+    return {"set": folder.resolve().name, "pairs": len(pairs), "images": list_hash(pairs), "files": files}
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -89,9 +89,9 @@ def read_manifests(folder: Path = FOLDER) -> list[dict[str, Any]]:
     return manifests
 
 
-def name_of_list(digest: str, folder: Path = FOLDER) -> str | None:
-    """The published set with this `list_digest`, or None."""
-    return next((manifest["set"] for manifest in read_manifests(folder) if manifest["images"] == digest), None)
+def name_of_list(hash: str, folder: Path = FOLDER) -> str | None:
+    """The published set with this `list_hash`, or None."""
+    return next((manifest["set"] for manifest in read_manifests(folder) if manifest["images"] == hash), None)
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,6 @@ def _fate(path: Path | None, want: dict[str, str]) -> str:
     if file_sha256(path) == want["sha256"]:
         return "published"
     try:
-        return "same_image" if grey_digest(read_grey(path)) == want["grey"] else "different"
+        return "same_image" if grey_hash(read_grey(path)) == want["grey"] else "different"
     except InputError:  # not even an image
         return "different"

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from utils.common import InputError, whole_file
 from utils.data.images import grey_of
-from utils.data.manifests import SHOWN, list_digest, pair_digest
+from utils.data.manifests import SHOWN, list_hash, pair_hash
 from utils.metrics import SMALLEST_SCORED
 
 LAYOUTS = ("compact", "published")
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
         return self.each(lambda image: _to_device(image, device))
 
 
-class HeldOut(NamedTuple):
+class ValidationPair(NamedTuple):
     """A pair that no patch was cut from: grey levels, uint8 (H, W) each; colour, (H, W, 3), as in the patches."""
 
     name: str
@@ -167,7 +167,7 @@ class PatchDataset(Dataset):
     Attributes:
         vis, ir: the patches as stored, (N, H, W), or (N, H, W, 3).
         ir_saliency: saliency maps of the infrared ones, the same; None where the file has none.
-        held_out: the pairs that were kept for validation.
+        validation: the pairs that were kept for validation.
         about: what the file says of itself.
 
     Raises:
@@ -188,7 +188,7 @@ class PatchDataset(Dataset):
                 saliency = _read(file, _SALIENCY) if _SALIENCY in file else None
                 self.about = {key: _plain(value) for key, value in file.attrs.items()}
                 pairs = file.get(_VALIDATION, {})
-                self.held_out = [_read_held_out(pairs, key, colour) for key in sorted(pairs)]
+                self.validation = [_read_validation(pairs, key, colour) for key in sorted(pairs)]
             _check(vis, ir, saliency)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
             reason = str(error) or type(error).__name__
@@ -208,16 +208,16 @@ class PatchDataset(Dataset):
         return vis, ir
 
     @functools.cached_property
-    def digest(self) -> str:
-        """A short hash of all patches: two files with equal patches have equal digests."""
-        digest = hashlib.blake2b(self.vis.cpu().numpy().data, digest_size=16)
-        digest.update(self.ir.cpu().numpy().data)
-        return digest.hexdigest()
+    def hash(self) -> str:
+        """A short hash of all patches: two files with equal patches have equal hashes."""
+        found = hashlib.blake2b(self.vis.cpu().numpy().data, digest_size=16)
+        found.update(self.ir.cpu().numpy().data)
+        return found.hexdigest()
 
     @functools.cached_property
-    def held_out_digest(self) -> str:
-        """The digest that tables name their images by, of the held-out pairs."""
-        return list_digest(pair_digest(pair.vis, pair.ir) for pair in self.held_out)[:SHOWN]
+    def validation_hash(self) -> str:
+        """The hash that tables name their images by, of the validation pairs."""
+        return list_hash(pair_hash(pair.vis, pair.ir) for pair in self.validation)[:SHOWN]
 
     def move_to(self, device: torch.device) -> None:
         """Moves all patches to a GPU where they take less than half of its free memory.
@@ -324,7 +324,7 @@ def _read_patches(file: h5py.File, name: str) -> np.ndarray:
     return np.concatenate([_read(group, key) for key in sorted(group, key=int)]) if len(group) else np.empty((0, 0, 0))
 
 
-def _read_held_out(group: h5py.Group, key: str, colour: bool) -> HeldOut:
+def _read_validation(group: h5py.Group, key: str, colour: bool) -> ValidationPair:
     pair, name = _read(group, key), str(group[key].attrs["name"])
     if pair.dtype != np.uint8 or len(pair) not in (2, 4) or pair.ndim != 3 or min(pair.shape[1:]) < SMALLEST_SCORED:
         raise ValueError(
@@ -332,7 +332,7 @@ def _read_held_out(group: h5py.Group, key: str, colour: bool) -> HeldOut:
             f"at least {SMALLEST_SCORED}, which the metrics need"
         )
     vis = pair[0] if len(pair) == 2 else np.moveaxis(pair[:3], 0, -1).copy()
-    return HeldOut(name, vis if colour else grey_of(vis).astype(np.uint8), pair[-1])
+    return ValidationPair(name, vis if colour else grey_of(vis).astype(np.uint8), pair[-1])
 
 
 def _check(vis: np.ndarray, ir: np.ndarray, saliency: np.ndarray | None) -> None:

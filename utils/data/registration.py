@@ -152,6 +152,6 @@ def coverage(shape: tuple[int, int], homography: np.ndarray, size: tuple[int, in
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The image stretched to a height and width: by areas where both shrink, else bilinear. (H, W) or (H, W, 3)."""
+    """The image normalised to a height and width: by areas where both shrink, else bilinear. (H, W) or (H, W, 3)."""
     shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -1,7 +1,7 @@
 """Visual saliency of grey levels: how much a level stands out from all others of its image.
 
 The map of a pixel depends on its level v alone: S(v) = sum over levels j of h(j) |v - j|, with h the histogram of the
-image, stretched to 0..255. Training MLFuse needs the maps of the infrared (or CT, PET, SPECT) images.
+image, normalised to 0..255. Training MLFuse needs the maps of the infrared (or CT, PET, SPECT) images.
 
 Source: Zhai and Shah, "Visual Attention Detection in Video Sequences Using Spatiotemporal Cues", ACM Multimedia 2006;
 the published maps of MLFuse are equal in every pixel.

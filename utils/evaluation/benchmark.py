@@ -36,7 +36,7 @@ from utils.common import (
 )
 from utils.data.degradation import degrade_pair
 from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_colour, write_image
-from utils.data.manifests import SHOWN, list_digest, pair_digest
+from utils.data.manifests import SHOWN, list_hash, pair_hash
 from utils.data.pairs import Benchmark, Pair, TestSet, add_pair_option, find_sets
 from utils.data.readers import add_reading_options
 from utils.evaluation.folders import BASELINES, baseline_labels
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
         help="columns of the table: metrics, or the published table of a system, one of "
         f"{', '.join(PUBLISHED_COLUMNS)} (default: those of the system). metrics.csv has all twelve")  # fmt: skip
     add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
-    add("--stretch", action=argparse.BooleanOptionalAction,
+    add("--normalise", action=argparse.BooleanOptionalAction,
         help="min-max normalise each fused image (default: as published, which is yes for all but tsdm)")  # fmt: skip
     add("--degrade", type=int, metavar="SEED",
         help="degrade the pairs first, as TSDM-Fusion is trained to undo (noise, blur, low contrast, JPEG), and score "
@@ -161,10 +161,10 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
                     "vi_range": first.vis_reading.range, "ir_range": first.ir_reading.range,
                     "system": method.model.label, "weights": str(method.weights),
                     "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
-                    "stretch": method.model.is_stretched(args.stretch), "legacy_rounding": args.legacy_rounding,
+                    "normalised": method.model.is_normalised(args.normalise), "legacy_rounding": args.legacy_rounding,
                     "degrade": args.degrade, "device": str(device), "precision": args.precision,
                     "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
-                    "numpy": np.__version__, "commit": commit, "images": sheet.digest,
+                    "numpy": np.__version__, "commit": commit, "images": sheet.images_hash,
                 }  # fmt: skip
                 sheet.write(folder, facts)
             sheets.append(sheet)
@@ -190,7 +190,7 @@ def print_table(
     used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, {m.model.skip_name}: {m.skip})" for m in methods)
     pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
     rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
-    lists = " and ".join(dict.fromkeys(sheet.digest[:SHOWN] for sheet in sheets if sheet.digest))
+    lists = " and ".join(dict.fromkeys(sheet.images_hash[:SHOWN] for sheet in sheets if sheet.images_hash))
     print(
         f"protocol {args.protocol}, {pairs} pairs, weights {used}, {where}{rounding}, images {lists}, commit {commit}"
     )
@@ -246,7 +246,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
     Beside the network the next pair is read, and the last one written and scored, unless memory is short.
     """
     images: dict[str, dict[str, float]] = {}
-    digests: list[str] = []
+    hashes: list[str] = []
     waiting = 0 if args.max_memory else 1
 
     def read(number: int, pair: Pair) -> Given:
@@ -264,7 +264,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                     write_image(folder / f"given_{name}" / path.name, image)
             fate = "fused, but not scored"
             images[pair.name] = score(read_grey(path), given.ir, given.vis, args.protocol)
-            digests.append(pair_digest(given.vis, given.ir))
+            hashes.append(pair_hash(given.vis, given.ir))
         except BAD_PAIR as error:
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
 
@@ -276,7 +276,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                 given = reading.result()
                 fused = fuse_arrays(
                     method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
-                    normalise=method.model.is_stretched(args.stretch), precision=args.precision,
+                    normalise=method.model.is_normalised(args.normalise), precision=args.precision,
                     max_memory=args.max_memory, scratch=args.scratch,
                 )  # fmt: skip
             except BAD_PAIR as error:
@@ -287,7 +287,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
                 finishing.popleft().result()
         for last in finishing:
             last.result()
-    return ScoreSheet(method.label, images, list_digest(digests))
+    return ScoreSheet(method.label, images, list_hash(hashes))
 
 
 def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:

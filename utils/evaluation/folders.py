@@ -22,7 +22,7 @@ import numpy as np
 
 from utils.common import InputError, listed, progress
 from utils.data.images import is_coloured, read_colour, read_grey, to_uint8
-from utils.data.manifests import list_digest, pair_digest
+from utils.data.manifests import list_hash, pair_hash
 from utils.data.pairs import Pair, PairList, list_pairs
 from utils.evaluation.scores import Row, ScoreSheet
 from utils.metrics import METRICS, score
@@ -127,7 +127,7 @@ def evaluate(
             key = (method, protocol)
             images = {result.name: result.scores[key] for result in results if key in result.scores}
             if images:
-                sheet = ScoreSheet(method, images, list_digest(hashes[name] for name in images))
+                sheet = ScoreSheet(method, images, list_hash(hashes[name] for name in images))
                 rows.append(Row(method, protocol, sheet, method in labels))
     return Evaluation(tuple(rows), tuple(problems), tuple(notes))
 
@@ -197,7 +197,7 @@ def _score_pair(task: _Task) -> _Result:
     except (ValueError, OSError) as error:
         result.problems.append(f"{task.pair.name}: {_first_line(error)}; left out for every method")
         return result
-    result.hash = pair_digest(*grey)
+    result.hash = pair_hash(*grey)
     result.too_small_for = [key for key in task.metrics if min(grey[0].shape) < METRICS[key].min_side]
     metrics = [key for key in task.metrics if key not in result.too_small_for]
     for method in (*task.fused, *task.baselines):

@@ -25,7 +25,7 @@ class ScoreSheet:
 
     label: str
     images: Mapping[str, Mapping[str, float]]
-    digest: str = ""  # `utils.data.manifests.list_digest` of the scored pairs, where it is known
+    images_hash: str = ""  # `utils.data.manifests.list_hash` of the scored pairs, where it is known
 
     def mean(self) -> dict[str, float]:
         """Mean of each metric over the images that have a value; NaN when none has."""

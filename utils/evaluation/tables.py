@@ -50,7 +50,7 @@ def places(rows: Sequence[Row], metric: str, digits: int) -> dict[int, int]:
     """
     means = {}
     for i, row in enumerate(rows):
-        comparable = (row.protocol, row.sheet.digest) == (rows[0].protocol, rows[0].sheet.digest)
+        comparable = (row.protocol, row.sheet.images_hash) == (rows[0].protocol, rows[0].sheet.images_hash)
         value = row.sheet.mean()[metric]
         if comparable and not row.is_baseline and not math.isnan(value):
             means[i] = float(f"{value:.{digits}f}")
@@ -132,7 +132,7 @@ def format_json(rows: Sequence[Row], commit: str, **more: Any) -> str:
     content = [
         {
             "method": row.method, "protocol": row.protocol, "commit": commit, "pairs": len(row.sheet.images),
-            "images": row.sheet.digest, "baseline": row.is_baseline, "mean": row.sheet.mean(),
+            "images": row.sheet.images_hash, "baseline": row.is_baseline, "mean": row.sheet.mean(),
             "excluded": row.sheet.excluded(),
         }
         for row in rows
@@ -182,7 +182,7 @@ def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
     with _locked(path.parent):
         columns, records = read_results(path) if path.exists() else (list(FACTS), [])
         kept = {(record["method"], record["protocol"]): record for record in records}
-        known = {record["images"] for record in records} | {row.sheet.digest[:SHOWN] for row in rows}
+        known = {record["images"] for record in records} | {row.sheet.images_hash[:SHOWN] for row in rows}
         if len(known) > 1:
             raise InputError(
                 f"{path} would hold rows about different images ({', '.join(sorted(known))}), which cannot be "
@@ -190,7 +190,7 @@ def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
             )
         columns += [column for column in _columns(rows) if column not in columns]
         for row in rows:
-            facts = (row.method, row.protocol, str(len(row.sheet.images)), row.sheet.digest[:SHOWN], commit)
+            facts = (row.method, row.protocol, str(len(row.sheet.images)), row.sheet.images_hash[:SHOWN], commit)
             means = {key: _number(value, "{:.6g}".format) for key, value in row.sheet.mean().items()}
             kept[row.method, row.protocol] = dict(zip(FACTS, facts, strict=True)) | means
         _write_csv(path, [columns, *([record.get(column, "") for column in columns] for record in kept.values())])

@@ -145,10 +145,10 @@ def to_levels(image: Tensor) -> np.ndarray:
     return levels[0] if len(levels) == 1 else np.ascontiguousarray(np.moveaxis(levels, 0, -1))
 
 
-def stretch(image: Tensor) -> Tensor:
+def min_max_normalise(image: Tensor) -> Tensor:
     """Moves the smallest value of each image to 0 and the largest to 1, as the published test scripts do.
 
-    A constant image has no range to stretch and is left as it is (published: NaN). (B, C, H, W) -> same.
+    A constant image has no range and is left as it is (published: NaN). (B, C, H, W) -> same.
     """
     low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(high > low, (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny), image)
@@ -266,7 +266,7 @@ def run_plan(
         fused = fuse_in_tiles(model, to_network(vis, device), to_network(ir, device), skip, Tiles(plan.pixels, memory))
     if callable(normalise):
         return to_levels(normalise(fused))
-    return to_levels(stretch(fused) if normalise else fused.clamp(0, 1))
+    return to_levels(min_max_normalise(fused) if normalise else fused.clamp(0, 1))
 
 
 def fuse_in_tiles(model: Any, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) -> Tensor:
@@ -342,12 +342,12 @@ class Fuser(nn.Module):
         system: the system of the zoo.
         weights: the file it has its weights from.
         skip: what its decoder is given.
-        stretched: whether each fused image is stretched to the full range, as the test scripts do, or clipped.
+        normalised: whether each fused image is normalised to the full range, as the test scripts do, or clipped.
     """
 
-    def __init__(self, system: nn.Module, weights: Path, skip: str, stretched: bool = True) -> None:
+    def __init__(self, system: nn.Module, weights: Path, skip: str, normalised: bool = True) -> None:
         super().__init__()
-        self.system, self.weights, self.skip, self.stretched = system, weights, skip, stretched
+        self.system, self.weights, self.skip, self.normalised = system, weights, skip, normalised
 
     def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
@@ -357,13 +357,13 @@ class Fuser(nn.Module):
                     raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}")
         whole = vis.device.type != "cpu" or self.training or torch.is_grad_enabled() or torch.compiler.is_exporting()
         fused = fuse_in_tiles(self.system, vis, ir, self.skip, Tiles(0 if whole else CPU_TILE_PIXELS))
-        return stretch(fused) if self.stretched else fused.clamp(0, 1)
+        return min_max_normalise(fused) if self.normalised else fused.clamp(0, 1)
 
     def about(self) -> dict[str, Any]:
         """What a file made of it should say of itself."""
         return {
             "system": self.system.label, "weights": self.weights.name, "weights_sha256": file_sha256(self.weights),
-            "skip": self.skip, "stretched": self.stretched,
+            "skip": self.skip, "normalised": self.normalised,
         }  # fmt: skip
 
 
@@ -373,7 +373,7 @@ def load_fuser(
     weights: Path | str | None = None,
     skip: str | None = None,
     *,
-    stretched: bool | None = None,
+    normalised: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Fuser:
     """A `Fuser` of a system, in evaluation mode.
@@ -382,7 +382,7 @@ def load_fuser(
         system: a class of the zoo.
         task: what will be fused, "ivf" or "mif".
         weights: a file in the system's published format, or "published"; by default the one in models/ for the task.
-        skip, stretched: see `Fuser`; by default what suits weights, task and system.
+        skip, normalised: see `Fuser`; by default what suits weights, task and system.
         device: where to run.
 
     Raises:
@@ -390,4 +390,4 @@ def load_fuser(
     """
     path = find_weights(system, task, weights)[-1]
     model, skip = load_system(system, path, task, skip, device)
-    return Fuser(model, path, skip, model.is_stretched(stretched)).eval()
+    return Fuser(model, path, skip, model.is_normalised(normalised)).eval()

@@ -32,7 +32,9 @@ SMALLEST_TILE = 256
 WORTH_MAPS = 8  # tiles are made smaller by up to this factor, so that maps fit into memory
 
 LIBRARY_BYTES = 64 * 10**6  # what torch and its libraries take at their first call, and as much again
-IMAGE_BYTES = 48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its stretching
+IMAGE_BYTES = (
+    48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its normalisation
+)
 TILE_BYTES = 6000  # a pixel of a tile and of its halo, both modalities: the maps within one block
 # A pixel of a row of tiles: two copies of both modalities, and the pages of the scratch file below them.
 BAND_BYTES = 4 * 2 * 64 * 4

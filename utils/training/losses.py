@@ -208,7 +208,7 @@ def multi_branch_loss(
         "edge": mean |S(edge) - S(vis)| with S the `sobel_magnitude`; "attention": mean of ir_saliency |attention - ir|;
         "cross": mean squared error of `cross` from vis and from ir, added; "fusion": a twentieth of
         (1 - SSIM(vis, fused)) + (1 - SSIM(ir, fused)), borders padded with zeros. SSIM is all that holds the fused
-        image, so its brightness is hardly determined: that is what the stretch after fusion is for.
+        image, so its brightness is hardly determined: that is what min-max normalisation after fusion is for.
 
     Source:
         "MLFuse: Multi-scenario Feature Joint Learning for Multi-Modality Image Fusion".

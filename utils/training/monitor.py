@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.images import grey_of, one_below_another, side_by_side, to_uint8
-from utils.data.patches import Batch, HeldOut
+from utils.data.patches import Batch, ValidationPair
 from utils.data.saliency import visual_saliency
 from utils.evaluation.scores import means
 from utils.inference.fusing import autocast, fuse_arrays, to_network
@@ -49,7 +49,7 @@ class Validation(NamedTuple):
 
 
 @torch.inference_mode()
-def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], precision: str) -> Validation:
+def validate(model: Any, stage: Stage, task: str, pairs: Sequence[ValidationPair], precision: str) -> Validation:
     """Losses and scores of a system in training on pairs that it does not train on; its mode is kept."""
     device = next(model.parameters()).device
     training = model.training
@@ -70,18 +70,18 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[HeldOut], prec
     return Validation(means(losses), means(metrics))
 
 
-def fused_levels(model: Any, pair: HeldOut, skip: str, precision: str) -> np.ndarray:
-    return to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.stretched, precision=precision))
+def fused_levels(model: Any, pair: ValidationPair, skip: str, precision: str) -> np.ndarray:
+    return to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.normalised, precision=precision))
 
 
 @torch.inference_mode()
 def draw_panel(
-    model: Any, task: str, pairs: Sequence[HeldOut], precision: str = "float32", *, skip: str = ""
+    model: Any, task: str, pairs: Sequence[ValidationPair], precision: str = "float32", *, skip: str = ""
 ) -> np.ndarray:
     """A row a pair: visible, infrared, what the system shows of its features, fused; uint8 (H, W), or (H, W, 3) where
     the system takes colour and a pair has some.
 
-    Feature maps are the mean magnitude over channels, each stretched to the full range. `skip` as in `Stage`.
+    Feature maps are the mean magnitude over channels, each normalised to the full range. `skip` as in `Stage`.
     """
     training = model.training
     model.eval()
@@ -103,7 +103,7 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.nd
         vis, ir: grey levels (H, W) in [0, 255].
 
     Returns:
-        By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, stretched to the full range.
+        By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, normalised to the full range.
         Nothing, and a line on stderr, where a GPU has no memory for them.
     """
     if not hasattr(model, "features"):
@@ -114,7 +114,7 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.nd
     except torch.OutOfMemoryError:
         log(f"warning: {device} has no memory for the features of a pair; they are not drawn", error=True)
         return {}
-    return {name: _stretched(value) for name, value in maps.items()}
+    return {name: _normalised(value) for name, value in maps.items()}
 
 
 def open_curves(folder: Path, step: int) -> Any:
@@ -135,7 +135,7 @@ def add_scalars(curves: Any, step: int, groups: Mapping[str, Any]) -> None:
             curves.add_scalar(name, value, step)
 
 
-def _stretched(maps: Tensor) -> np.ndarray:
+def _normalised(maps: Tensor) -> np.ndarray:
     magnitude = maps[0].float().abs().mean(dim=0)
     low, high = magnitude.min(), magnitude.max()
     return ((magnitude - low) / (high - low).clamp_min(1e-12) * 255).round().byte().cpu().numpy()

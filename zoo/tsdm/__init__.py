@@ -44,7 +44,7 @@ TRAINABLE = ("teacher", "student")
 
 
 class Lesson(NamedTuple):
-    """What the student is trained on: damaged images and what it should make of them, in [0, 1] or near it."""
+    """What the student is trained on: degraded images and what it should make of them, in [0, 1] or near it."""
 
     vis: Tensor  # (B, 3, H, W)
     ir: Tensor  # (B, 1, H, W)
@@ -92,7 +92,7 @@ class TSDMFusion(System, nn.Module):
     other_weights = ("TSDM-Fusion_teacher.pth",)  # --init of a student
     takes_colour = True
     whole_bytes = 4700  # measured at 320 x 256, libraries included; 2200 at 640 x 480
-    stretched = False  # its images are in the range of its sources already
+    normalised = False  # its images are in the range of its sources already
     smallest_patch = 16  # VGG19 halves it four times; the window of the SSIM loss has 11
     smallest_batch = 2  # the discriminator compares with a mean over the batch, and has batch norm
     Options = Options
