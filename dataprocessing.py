@@ -23,7 +23,10 @@ from utils.data.pairs import Pair, add_pair_option, find_modalities, list_pairs,
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
+from utils.inference.memory import parse_size
 from utils.metrics import SMALLEST_SCORED
+
+LARGEST = 10**6  # pixels
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/data/degradation.py)"
         add(f"--degrade-{name}", default="", metavar="RANGES", help=text)
     add_reading_options(parser)
+    add("--max-memory", type=parse_size, metavar="SIZE",
+        help="such as 2GB; a pair that takes more is left out (default: what is free)")  # fmt: skip
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -63,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace) -> int:
-    if args.patch_size < 2 or args.stride < 1:
-        raise InputError(f"--patch-size {args.patch_size} must be at least 2 and --stride {args.stride} at least 1")
+    for name, value, least in (("--patch-size", args.patch_size, 2), ("--stride", args.stride, 1)):
+        if not least <= value <= LARGEST:
+            raise InputError(f"{name} must be from {least} to {LARGEST}, got {str(value)[:20]}")
     if args.holdout < 0 or args.holdout == 1 or args.holdout_size < SMALLEST_SCORED:
         raise InputError(
             f"--holdout {args.holdout} must be 0 or at least 2, and --holdout-size {args.holdout_size} at least "
@@ -73,7 +79,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.degrade is None and (args.degrade_vis or args.degrade_ir):
         raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
-    lists = [read_as(list_pairs(*both, args.pair_by), args) for both in folders]
+    lists = [read_as(list_pairs(*both, args.pair_by), args, args.max_memory) for both in folders]
     if args.degrade is not None:
         return show_degraded(args, [pair for found in lists for pair in found.pairs])
     out = args.out or default_out(folders, args.patch_size, args.stride)

@@ -171,6 +171,8 @@ def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, m
         (["--data", "nowhere"], "no folder at nowhere"),
         (["--patch-size", "1"], "--patch-size"),
         (["--stride", "0"], "--stride"),
+        (["--stride", "9" * 400], "--stride must be from 1 to 1000000, got 99"),
+        (["--patch-size", "9" * 400], "--patch-size must be"),
         (["--patch-size", "500"], "not one patch was kept"),
         (["--out", "patches.png"], "ends in .h5"),
     ],

@@ -259,6 +259,11 @@ def test_memory_that_was_allowed_counts_and_what_runs_out_costs_the_pair(tmp_pat
     def none_left(*_: object) -> None:
         raise MemoryError
 
+    patches = ["--data", tmp_path / "S", "--patch-size", "32", "--out", tmp_path / "p.h5", "--max-memory", "4GB"]
+    assert dataprocessing.main([*map(str, patches)]) == 2
+    said = capsys.readouterr().err
+    assert "b.png is 20000x20000 pixels" in said and "give --max-memory more; left out" in said
+
     with monkeypatch.context() as patch, pytest.raises(InputError, match="a.png does not fit into the memory"):
         patch.setattr(readers, "check_size", none_left)
         read_grey(tmp_path / "a.png")

@@ -41,7 +41,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2 TB", "two"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0.2", "2 TB", "two", "9" * 400, "9" * 305 + "GB"])
 def test_other_sizes_are_refused_with_an_example(text):
     with pytest.raises(argparse.ArgumentTypeError, match="write 2GB"):
         parse_size(text)

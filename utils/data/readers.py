@@ -265,9 +265,10 @@ def check_size(path: Path, width: int, height: int, reading: Reading) -> None:
     """
     left = reading.memory - resident_memory() if reading.memory else free_memory()
     if left is not None and width * height * READ_BYTES > left:
+        more = ", or give --max-memory more" if reading.memory else ""
         raise InputError(
             f"{path} is {width}x{height} pixels, which take {width * height * READ_BYTES / 1e9:.1f} GB to read, and "
-            f"{max(left, 0) / 1e9:.1f} GB are left; reduce it, or give --max-memory more"
+            f"{max(left, 0) / 1e9:.1f} GB are left; reduce it{more}"
         )
 
 

@@ -50,9 +50,10 @@ def parse_size(text: str) -> int:
     1500000000
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?)?B?\s*", text.upper())
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 2GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    size = float(match[1]) * UNITS[match[2] or ""] if match else 0
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no size; write 2GB or 500MB")
+    return int(size)
 
 
 def format_size(size: float) -> str:
