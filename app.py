@@ -96,8 +96,7 @@ def running(args: argparse.Namespace) -> Iterator[str]:
                 run_history=False, enable_monitoring=False, theme=gr.themes.Default(font="system-ui"),
             )  # fmt: skip
         except OSError as error:
-            where = f"{args.host}, port {args.port or 'from 7860 on'}"
-            raise InputError(f"cannot listen on {where} ({error.strerror}); name others: --host, --port") from error
+            raise InputError(f"cannot listen on --host {args.host} --port {args.port or 7860} ({error})") from error
         try:
             yield address
         finally:
@@ -263,23 +262,23 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
             key = "fusing" if share < 0.02 else "left" if share < 1 else "scoring"
             progress(share, say[key].format(seconds=seconds))
 
-        sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
-        sources[1] = Registration(resized, advice="tick the box that resizes, or crop one of them")(*sources)
         try:
+            sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
+            sources[1] = Registration(resized, advice="tick the box that resizes, or crop one of them")(*sources)
             fused, file, facts, maps, columns = desk.fuse(*sources, task, system, weights, colour, tell)
+            notes, table = [] if task_seen((vis, ir), sources) == task else [say[f"not_{task}"]], ""
+            # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
+            if task == "ivf" and (shift := edge_shift(sources[0].grey, sources[1].grey)) and shift.misaligned:
+                notes.append(say["misaligned"].format(shift=shift))
+            names = [say[key] for key in ("fused", f"vis_{task}", f"ir_{task}", "average")]
+            try:
+                table = desk.table(file, *sources, names, columns)
+            except ValueError as error:
+                notes.append(say["no_scores"].format(error=error))
         except CancelledError:
             return {status: say["cancelled"]}
         finally:
             desk.cancelled.discard(request.session_hash)
-        notes, table = [] if task_seen((vis, ir), sources) == task else [say[f"not_{task}"]], ""
-        # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
-        if task == "ivf" and (shift := edge_shift(sources[0].grey, sources[1].grey)) and shift.misaligned:
-            notes.append(say["misaligned"].format(shift=shift))
-        names = [say[key] for key in ("fused", f"vis_{task}", f"ir_{task}", "average")]
-        try:
-            table = desk.table(file, *sources, names, columns)
-        except ValueError as error:
-            notes.append(say["no_scores"].format(error=error))
         compared = [(to_uint8(source.shown), to_uint8(fused)) for source in sources]
         return dict(zip(sliders, compared, strict=True)) | {
             status: "\n".join([facts, *notes]), results: gr.Column(visible=True), stale: gr.Markdown(visible=False),

@@ -188,7 +188,7 @@ def test_what_cannot_be_served_is_said_in_one_line(address, tmp_path, monkeypatc
     port = address.strip("/").rsplit(":", 1)[1]
     for options, wanted in (
         (["--weights", str(other)], "other.pth"),
-        (["--port", port], f"port {port}"),
+        (["--port", port], f"--port {port}"),
         (["--host", "192.0.2.1"], "192.0.2.1"),  # an address of no machine: RFC 5737
     ):
         monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])
