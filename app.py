@@ -13,6 +13,7 @@ import html
 import json
 import math
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -42,7 +43,6 @@ from utils.metrics import METRICS, PROTOCOLS, score
 from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
-KEPT = (600, 3600)  # seconds: how often is looked for files to remove, and from which age on they are removed
 FEATURE_PIXELS = 150_000  # feature maps are shown small; those of CDDFuse took 2500 bytes a pixel
 SIDES = ("vis", "ir")
 SAMPLE_SETS = {"Sample_IVF": "ivf", "Sample_MRI_CT": "mif", "Sample_MRI_PET": "mif"}
@@ -52,7 +52,7 @@ WORDS = json.loads(in_checkout("page", "words.json").read_text(encoding="utf-8")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
+    add("--host", default="127.0.0.1", help="who reaches it can use the page (default: 127.0.0.1, this machine only)")
     add("--port", type=int, help="default: 7860, or the next free one")
     add("--system", choices=SYSTEMS, default="cddfuse", help="the one that is shown first (default: cddfuse)")
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="of it, beside those in models/")
@@ -69,8 +69,6 @@ def serve(args: argparse.Namespace) -> int:
     fusing.keep_freed_memory()
     with sigterm_as_ctrl_c(), contextlib.suppress(KeyboardInterrupt), running(args) as address:
         print(f"{address} (Ctrl-C ends it)", flush=True)
-        if args.host not in ("127.0.0.1", "localhost", "::1"):
-            print("warning: everybody who reaches this address can use the page", file=sys.stderr, flush=True)
         threading.Event().wait()
     return 0
 
@@ -90,15 +88,17 @@ def running(args: argparse.Namespace) -> Iterator[str]:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page, words = build(gr, Desk(args, Path(folder)))
         try:
+            kind = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+            socket.create_server((args.host, args.port or 0), family=kind).close()  # Gradio would try 100 ports aloud
             _, address, _ = page.queue(max_size=32).launch(
                 server_name=args.host, server_port=args.port, max_file_size=args.max_upload, i18n=words, quiet=True,
                 css_paths=in_checkout("page", "style.css"), prevent_thread_lock=True, footer_links=[], share=False,
                 run_history=False, enable_monitoring=False, theme=gr.themes.Default(font="system-ui"),
             )  # fmt: skip
-            yield address
         except OSError as error:
-            where = f"{args.host}, port {args.port or 'from 7860 on'}"
-            raise InputError(f"cannot listen on {where}; name others with --host and --port") from error
+            raise InputError(f"cannot listen on --host {args.host} --port {args.port or 7860} ({error})") from error
+        try:
+            yield address
         finally:
             page.close(verbose=False)
 
@@ -262,30 +262,30 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
             key = "fusing" if share < 0.02 else "left" if share < 1 else "scoring"
             progress(share, say[key].format(seconds=seconds))
 
-        sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
-        sources[1] = Registration(resized, advice="tick the box that resizes, or crop one of them")(*sources)
         try:
+            sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
+            sources[1] = Registration(resized, advice="tick the box that resizes, or crop one of them")(*sources)
             fused, file, facts, maps, columns = desk.fuse(*sources, task, system, weights, colour, tell)
+            notes, table = [] if task_seen((vis, ir), sources) == task else [say[f"not_{task}"]], ""
+            # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
+            if task == "ivf" and (shift := edge_shift(sources[0].grey, sources[1].grey)) and shift.misaligned:
+                notes.append(say["misaligned"].format(shift=shift))
+            names = [say[key] for key in ("fused", f"vis_{task}", f"ir_{task}", "average")]
+            try:
+                table = desk.table(file, *sources, names, columns)
+            except ValueError as error:
+                notes.append(say["no_scores"].format(error=error))
         except CancelledError:
             return {status: say["cancelled"]}
         finally:
             desk.cancelled.discard(request.session_hash)
-        notes, table = [] if task_seen((vis, ir), sources) == task else [say[f"not_{task}"]], ""
-        # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
-        if task == "ivf" and (shift := edge_shift(sources[0].grey, sources[1].grey)) and shift.misaligned:
-            notes.append(say["misaligned"].format(shift=shift))
-        names = [say[key] for key in ("fused", f"vis_{task}", f"ir_{task}", "average")]
-        try:
-            table = desk.table(file, *sources, names, columns)
-        except ValueError as error:
-            notes.append(say["no_scores"].format(error=error))
         compared = [(to_uint8(source.shown), to_uint8(fused)) for source in sources]
         return dict(zip(sliders, compared, strict=True)) | {
             status: "\n".join([facts, *notes]), results: gr.Column(visible=True), stale: gr.Markdown(visible=False),
             done: inputs, features: maps, scores: table, download: str(file),
         }  # fmt: skip
 
-    with gr.Blocks(title="Image fusion", fill_width=True, analytics_enabled=False, delete_cache=KEPT) as page:
+    with gr.Blocks(title="Image fusion", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# Image fusion\n{words('about')}")
         gr.Markdown(f"{words('limits')} {desk.args.max_pixels / 1e6:g} MP, {format_size(desk.args.max_upload)}.")
         gallery = gr.Gallery(

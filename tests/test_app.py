@@ -182,18 +182,22 @@ def test_both_languages_have_every_word_and_the_same_blanks():
     assert "not a medical device" in app.WORDS["en"]["about"] and "不是医疗器械" in app.WORDS["zh"]["about"]
 
 
-def test_what_cannot_be_served_is_said_in_one_line(address, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_served_is_said_in_one_line(address, tmp_path, monkeypatch, capfd):
     other = tmp_path / "other.pth"
     other.write_bytes(b"no weights")
     port = address.strip("/").rsplit(":", 1)[1]
-    for options, wanted in ((["--weights", str(other)], "other.pth"), (["--port", port], f"port {port}")):
+    for options, wanted in (
+        (["--weights", str(other)], "other.pth"),
+        (["--port", port], f"--port {port}"),
+        (["--host", "192.0.2.1"], "192.0.2.1"),  # an address of no machine: RFC 5737
+    ):
         monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])
         assert app.main(["--device", "cpu", *options]) == 2
-        error = capsys.readouterr().err
+        error = capfd.readouterr().err
         assert wanted in error and error.count("\n") == 1
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert app.main([]) == 2
-    assert "pip install gradio" in capsys.readouterr().err
+    assert "pip install gradio" in capfd.readouterr().err
 
 
 @pytest.mark.slow

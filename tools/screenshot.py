@@ -1,6 +1,6 @@
 """Draws app.png, app_phone.png and app_dark.png: the page of app.py in headless Chromium, with a sample fused.
 
-python -m tools.screenshot --out docs
+python -m tools.screenshot --out screenshots      # app.png is the one in docs/
 
 Needs gradio and selenium (requirements-dev.txt), and Chromium with its driver (apt-get install chromium
 chromium-driver). The browser test drives the page with what is here.
