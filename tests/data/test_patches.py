@@ -338,7 +338,7 @@ def test_one_pair_in_n_is_for_validation_and_no_patch_is_cut_from_it(tmp_path, l
     assert len(dataset) == 5 * 4
 
 
-def test_a_set_named_twice_counts_twice_and_its_held_out_pairs_once(tmp_path):
+def test_a_set_named_twice_counts_twice_and_its_validation_pairs_once(tmp_path):
     for i in range(4):
         write_pair(tmp_path / "SET", ("vi", "ir"), f"{i}.png", seed=i)
     options = ["--patch-size", "32", "--stride", "32", "--holdout", "4", "--holdout-size", "50"]
