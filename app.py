@@ -167,7 +167,7 @@ class Desk:
             fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.normalised, **self.how)
         self.work[system] = done / vis.grey.size
         tell(1, 0)
-        facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), {model.skip_name}: {skip}, "
+        facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), decoder image: {skip}, "
         facts += f"{vis.size[1]}x{vis.size[0]}, {time.monotonic() - started:.1f}\u00a0s, {self.device.type}"
         file = Path(tempfile.mkdtemp(dir=self.folder)) / f"{Path(vis.name.rsplit(' (', 1)[0]).stem}_fused.png"
         write_image(file, fused)

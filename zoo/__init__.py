@@ -124,7 +124,6 @@ class System:
 
     label: str
     skips: tuple[str, ...] = ("none",)  # what `fuse` may be given as `skip`; the first is the default
-    skip_name = "decoder image"  # what they are called in a table's footer
     smallest_side = 1  # of an image, in pixels
     smallest_patch = 6  # of a training patch: SSIM reflects five pixels
     smallest_batch = 1  # a process; more where batch norm asks for it. A smaller last batch is left out

@@ -182,7 +182,7 @@ def test_sizes_are_printed_in_one_unit():
 def test_a_system_of_whole_images_says_before_it_starts_what_it_needs():
     model = find_system("tsdm")().eval()
     with pytest.raises(InputError, match=r"TSDM-Fusion works on whole images: 800x600 pixels need .* GB.*--max-memory"):
-        fuse_arrays(model, *pair(600, 800), "published", max_memory=resident_memory() + 50 * 10**6)
+        fuse_arrays(model, *pair(600, 800), "none", max_memory=resident_memory() + 50 * 10**6)
 
 
 def test_a_system_that_says_nothing_about_tiles_is_taken_for_one_that_has_none(capsys):

@@ -98,7 +98,7 @@ def test_system_that_takes_colour_is_given_it_and_its_colours_are_written_and_sc
     assert table(folder, tmp_path, "--system", "tsdm", "--weights", folder / "student.pth") == 0
     model = load_fuser(TSDMFusion, "ivf", folder / "student.pth").system
     colour, ir = read_colour(folder / "MINE/vi/b.png"), read_grey(folder / "MINE/ir/b.png")
-    fused = fuse_arrays(model, colour, ir, "published", normalise=False)
+    fused = fuse_arrays(model, colour, ir, "none", normalise=False)
     assert fused.shape == colour.shape
     written = tmp_path / "student/MINE/b.png"
     np.testing.assert_array_equal(read_colour(written), to_uint8(fused))
@@ -143,7 +143,7 @@ def test_fuse_script_leaves_colour_to_a_system_that_takes_it(folder, tmp_path, c
     assert fuse.main([str(option) for option in (*pair, *options)]) == 0
     model = load_fuser(TSDMFusion, "ivf", folder / "student.pth").system
     vis = (read_colour if colour == "both" else read_grey)(folder / "MINE/vi/b.png")
-    fused = fuse_arrays(model, vis, read_grey(folder / "MINE/ir/b.png"), "published", normalise=False)
+    fused = fuse_arrays(model, vis, read_grey(folder / "MINE/ir/b.png"), "none", normalise=False)
     written = read_colour(tmp_path / "f.png")
     np.testing.assert_array_equal(written, np.broadcast_to(to_uint8(fused).reshape(43, 51, -1), written.shape))
 

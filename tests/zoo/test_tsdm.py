@@ -191,16 +191,17 @@ def test_dropped_paths_keep_the_mean_and_leave_evaluation_alone(model):
 
 @pytest.mark.parametrize("size", [(40, 41), (47, 48), (1, 1), (3, 17), (8, 8)])
 @torch.no_grad()
-def test_padding_is_the_published_one_or_the_least(model, size):
+def test_padding_is_the_published_one_and_the_least_in_training(model, size):
     vis, ir = formula_colour(0.5, *size), formula_image(1, *size)
-    for rule, padded in (("published", lambda n: (n // 8 + 1) * 8), ("minimal", lambda n: -(-n // 8) * 8)):
+    for whole_windows_too, padded in ((True, lambda n: (n // 8 + 1) * 8), (False, lambda n: -(-n // 8) * 8)):
         bottom, right = (padded(side) - side for side in size)
         pad = {"pad": (0, right, 0, bottom), "mode": "replicate"}
-        wanted = model.student(F.pad(ir, **pad), F.pad(vis, **pad))[..., : size[0], : size[1]].clamp(0, 1)
-        fused = model.fuse(vis, ir, rule)
+        wanted = model.student(F.pad(ir, **pad), F.pad(vis, **pad))[..., : size[0], : size[1]]
+        fused = model.padded_student(vis, ir, whole_windows_too)
         assert fused.shape == vis.shape
         torch.testing.assert_close(fused, wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.fuse(vis, ir), model.fuse(vis, ir, "published"), rtol=0, atol=0)
+    wanted = model.padded_student(vis, ir).clamp(0, 1)
+    torch.testing.assert_close(model.fuse(vis, ir), wanted, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -222,12 +223,12 @@ def test_teacher_fuses_where_it_was_loaded(model):
     torch.testing.assert_close(fused, with_luma(vis, y).clamp(0, 1), rtol=0, atol=0)
 
 
-def test_bad_sources_and_paddings_are_refused(model):
+def test_bad_sources_and_skips_are_refused(model):
     vis, ir = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     for bad in ((vis, ir[..., :7]), (vis[:, :2], ir), (vis, vis), (vis[0], ir[0]), (vis[:0], ir[:0])):
         with pytest.raises(ValueError, match="sources must be"):
             model.fuse(*bad)
-    with pytest.raises(ValueError, match="published, minimal"):
+    with pytest.raises(ValueError, match="skip must be none"):
         model.fuse(vis, ir, "vis")
     with pytest.raises(ValueError, match="multiples of 8"):
         model.student(torch.zeros(1, 1, 8, 9), torch.zeros(1, 3, 8, 9))

@@ -187,7 +187,7 @@ def print_table(
     print(format_table(f"{test_set.name}{degraded}", sheets, columns))
     for line in format_excluded(sheets, columns):
         print(line)
-    used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, {m.model.skip_name}: {m.skip})" for m in methods)
+    used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
     pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
     rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
     lists = " and ".join(dict.fromkeys(sheet.images_hash[:SHOWN] for sheet in sheets if sheet.images_hash))

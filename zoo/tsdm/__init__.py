@@ -39,7 +39,6 @@ from zoo.tsdm.losses import (
 )
 from zoo.tsdm.networks import WINDOW, Discriminator, Student, Teacher
 
-PADDINGS = ("published", "minimal")
 TRAINABLE = ("teacher", "student")
 
 
@@ -85,9 +84,6 @@ class TSDMFusion(System, nn.Module):
     """The whole system: teacher, student, and the discriminator that only training needs."""
 
     label = "TSDM-Fusion"
-    # Nothing is given to a decoder here; what can be chosen is how images are padded to whole windows.
-    skips = PADDINGS
-    skip_name = "padding"
     weights = {"ivf": ("TSDM-Fusion_student.pth",), "mif": ()}
     other_weights = ("TSDM-Fusion_teacher.pth",)  # --init of a student
     takes_colour = True
@@ -118,33 +114,31 @@ class TSDMFusion(System, nn.Module):
         """The network that fuses and is saved: the one in training, or else the one that was loaded."""
         return self.in_training or self.loaded or "student"
 
-    def fuse(self, vis: Tensor, ir: Tensor, skip: str = "published") -> Tensor:
+    def fuse(self, vis: Tensor, ir: Tensor, skip: str = "none") -> Tensor:
         """Fuses two aligned images of one size; colour stays colour.
 
         Args:
             vis: visible image, (B, 3, H, W) or (B, 1, H, W) in [0, 1].
             ir: infrared image, (B, 1, H, W) in [0, 1].
-            skip: how the student's windows are filled, with replicated borders: "published" adds 1 to 8 pixels at
-                the bottom and at the right, 8 where the side is a multiple of 8; "minimal" adds 0 to 7. Windows
-                near these borders come out differently. The teacher needs no padding.
+            skip: "none", since it has no decoder that takes an image.
 
         Returns:
             The shape of `vis`, in [0, 1].
 
         Raises:
-            ValueError: other shapes, or an unknown padding.
+            ValueError: other shapes, or an unknown `skip`.
         """
         if vis.ndim != 4 or vis.shape[1] not in (1, 3) or ir.shape != (len(vis), 1, *vis.shape[2:]) or not ir.numel():
             raise ValueError(
                 f"sources must be (B, 1 or 3, H, W) and (B, 1, H, W) of one size, got {tuple(vis.shape)} and "
                 f"{tuple(ir.shape)}"
             )
-        if skip not in PADDINGS:
-            raise ValueError(f"skip must be one of {', '.join(PADDINGS)}, got {skip!r}")
+        if skip not in self.skips:
+            raise ValueError(f"skip must be {', '.join(self.skips)}, got {skip!r}")
         if self.acting == "teacher":
             fused = self.teach(vis, ir)
         else:
-            fused = self.padded_student(vis.expand(-1, 3, -1, -1), ir, skip).clamp(0, 1)
+            fused = self.padded_student(vis.expand(-1, 3, -1, -1), ir).clamp(0, 1)
             fused = fused if vis.shape[1] == 3 else luma(fused)
         return fused.clamp(0, 1).to(vis.dtype)
 
@@ -159,12 +153,14 @@ class TSDMFusion(System, nn.Module):
         y = y.clamp(0, 1) if clamp else y
         return y if vis.shape[1] == 1 else with_luma(vis, y)
 
-    def padded_student(self, vis: Tensor, ir: Tensor, padding: str) -> Tensor:
-        """The student on images of any size: (B, 3, H, W) and (B, 1, H, W) -> (B, 3, H, W), not clamped."""
+    def padded_student(self, vis: Tensor, ir: Tensor, whole_windows_too: bool = True) -> Tensor:
+        """The student on images of any size: (B, 3, H, W) and (B, 1, H, W) -> (B, 3, H, W), not clamped.
+
+        Borders are replicated at the bottom and at the right to whole windows. As published, a side of whole windows
+        gets one more, unless `whole_windows_too` is off.
+        """
         height, width = vis.shape[2:]
-        bottom, right = (
-            WINDOW - side % WINDOW if padding == "published" else -side % WINDOW for side in (height, width)
-        )
+        bottom, right = (WINDOW - side % WINDOW if whole_windows_too else -side % WINDOW for side in (height, width))
         if bottom or right:
             vis, ir = (F.pad(image, (0, right, 0, bottom), mode="replicate") for image in (vis, ir))
         return self.student(ir, vis)[..., :height, :width]
@@ -247,7 +243,7 @@ class TSDMFusion(System, nn.Module):
         return prepare
 
     def on_lesson(self, lesson: Lesson) -> Tensor:
-        return self.padded_student(lesson.vis, lesson.ir, "minimal").float()
+        return self.padded_student(lesson.vis, lesson.ir, whole_windows_too=False).float()
 
     def adversarial_losses(self, options: Options) -> tuple[Any, Any]:
         """Losses of the student and of the discriminator."""
