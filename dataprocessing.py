@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace) -> int:
     kept = dropped = 0
     bad: list[str] = []
     about = {
-        "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders).encode(errors="replace").decode(),
+        "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders),
         "patch_size": args.patch_size,
         "stride": args.stride,
         "holdout": f"one in {args.holdout}, in blocks" if args.holdout else "none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 
@@ -12,7 +13,7 @@ import pytest
 
 import fuse
 from tests.conftest import write_pair
-from utils.common import in_checkout
+from utils.common import InputError, in_checkout
 from utils.data.images import chroma, read_colour, read_grey, write_colour, write_grey, write_image
 from utils.data.video import VideoFile, VideoPair
 from utils.inference.fusing import fuse_arrays
@@ -265,6 +266,15 @@ def test_a_bad_frame_of_a_sequence_is_replaced_by_the_one_before_it(tmp_path, ca
     found, _ = read_video(tmp_path / "f.mkv")
     assert len(found) == 3
     np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_video_whose_path_is_no_utf_8_is_refused(tmp_path):
+    vi, ir = (write_video(tmp_path / name, 1) for name in ("vi.avi", "ir.avi"))
+    other = tmp_path / os.fsdecode(b"\xff.avi")
+    with pytest.raises(InputError, match="not UTF-8"):
+        VideoFile(other, 25)
+    with pytest.raises(InputError, match="not UTF-8"):
+        VideoPair(vi.rename(other), ir)
 
 
 def test_videos_of_different_length_are_fused_as_far_as_both_go(tmp_path, capsys):

@@ -338,6 +338,17 @@ def test_one_pair_in_n_is_for_validation_and_no_patch_is_cut_from_it(tmp_path, l
     assert len(dataset) == 5 * 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names need not be text there alone")
+def test_a_validation_pair_whose_name_is_no_utf_8_is_kept(tmp_path):
+    for i in range(3):
+        write_pair(tmp_path / "SET", ("vi", "ir"), f"{i}.png", seed=i)
+    folder = (tmp_path / "SET").rename(tmp_path / os.fsdecode(b"SET\xff"))
+    options = ["--patch-size", "32", "--stride", "32", "--holdout", "3", "--holdout-size", "50"]
+    assert dataprocessing.main(["--data", str(folder), "--out", str(tmp_path / "p.h5"), *options]) == 0
+    [pair] = PatchDataset(tmp_path / "p.h5").validation
+    assert pair.name.endswith("SET?/vi/1.png")
+
+
 def test_a_set_named_twice_counts_twice_and_its_validation_pairs_once(tmp_path):
     for i in range(4):
         write_pair(tmp_path / "SET", ("vi", "ir"), f"{i}.png", seed=i)

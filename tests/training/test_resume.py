@@ -18,6 +18,7 @@ from utils.data.patches import PatchWriter
 from utils.inference.checkpoint import read_file
 from utils.training import loop
 from utils.training.loop import Run, Stop
+from utils.training.monitor import open_curves
 
 KILLS = 20
 
@@ -224,6 +225,12 @@ def test_validation_pairs_choose_the_best_weights_and_are_shown(patch_file, tmp_
     best = read_file(out / "CDDFuse_IVF_best.pth")["about"]
     assert (best["epochs"], best["validation_loss"]) == (2, 0.3)
     assert sorted(path.name for path in (out / "panels").iterdir()) == [f"epoch_000{i}.png" for i in (1, 2, 3)]
+
+
+def test_folder_that_tensorboard_cannot_open_costs_the_curves_alone(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    assert open_curves(tmp_path / os.fsdecode(b"\xff"), 0) is None
+    assert "no curves" in capsys.readouterr().err
 
 
 def test_curves_for_tensorboard_hold_every_term(patch_file, tmp_path):

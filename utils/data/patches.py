@@ -122,7 +122,8 @@ class PatchWriter:
                 self._file.create_dataset(
                     name, (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
                 )
-        self._file.attrs.update(self.about)
+        for name, value in self.about.items():
+            self._file.attrs[name] = _as_utf8(value) if isinstance(value, str) else value
         return self
 
     def add(self, *arrays: np.ndarray) -> None:
@@ -146,13 +147,18 @@ class PatchWriter:
         """Stores a pair (H, W) of levels in [0, 255] for validation, rounded half to even; vis also (H, W, 3)."""
         group = self._file.require_group(_VALIDATION)
         pair = np.round(np.stack([*([vis] if vis.ndim == 2 else np.moveaxis(vis, -1, 0)), ir])).astype(np.uint8)
-        group.create_dataset(f"{len(group):06d}", data=pair, compression="gzip").attrs["name"] = name
+        group.create_dataset(f"{len(group):06d}", data=pair, compression="gzip").attrs["name"] = _as_utf8(name)
 
     def __exit__(self, *error: Any) -> None:
         try:
             self._stack.__exit__(*error)
         except RuntimeError as closing:  # what h5py raises when the disk is full
             raise OSError(f"{self.path} could not be written; is the disk full?") from closing
+
+
+def _as_utf8(text: str) -> str:
+    """What HDF5 can store of a text: names of files need not be UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 class PatchDataset(Dataset):

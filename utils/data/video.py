@@ -43,6 +43,15 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
+def _for_opencv(path: Path) -> str:
+    """The path as OpenCV takes it; InputError where it is not UTF-8, which ends the process in there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: OpenCV opens no video whose path is not UTF-8; rename it") from None
+    return str(path)
+
+
 class _Frames:
     """The frames of a video file in their order.
 
@@ -55,7 +64,7 @@ class _Frames:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"no video at {path}")
-        self._capture = cv2.VideoCapture(str(path))
+        self._capture = cv2.VideoCapture(_for_opencv(path))
         if not self._capture.isOpened():
             raise InputError(f"{path} is not a video that OpenCV can read; convert it, for instance to .mp4 or .avi")
         if self._capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT) == DEEP_FRAMES:  # OpenCV would cut them to 8 bits
@@ -182,6 +191,7 @@ class VideoFile:
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate = path, rate
         check_video_name(path)
+        _for_opencv(path)
         self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         for target in (path, self.partial):
             check_target(target)
@@ -227,7 +237,7 @@ class VideoFile:
         loud = cv2.utils.logging.setLogLevel(0)  # silent: that the first codec is not there is no error
         for codec in CODECS[self.path.suffix.lower()]:
             code = cv2.VideoWriter.fourcc(*codec)
-            writer = cv2.VideoWriter(str(self.partial), code, self.rate, (width, height))
+            writer = cv2.VideoWriter(_for_opencv(self.partial), code, self.rate, (width, height))
             if writer.isOpened():
                 self.codec = codec
                 break

@@ -118,12 +118,17 @@ def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.nd
 
 
 def open_curves(folder: Path, step: int) -> Any:
-    """A writer of curves for TensorBoard in a folder; None where the package `tensorboard` is not installed."""
+    """A writer of curves for TensorBoard in a folder; None where the package `tensorboard` is not installed, or cannot
+    open the folder."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)  # drops what a killed run wrote beyond its last checkpoint
+    try:  # purge_step drops what a killed run wrote beyond its last checkpoint
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except UnicodeEncodeError:
+        log(f"no curves: TensorBoard takes no path that is not UTF-8, such as {ascii(str(folder))}", error=True)
+        return None
 
 
 def add_scalars(curves: Any, step: int, groups: Mapping[str, Any]) -> None:
