@@ -261,7 +261,7 @@ def evaluate(
 ) -> dict[str, list[float | None]]:
     """Scores of each class in [0, 1]: IoU, or AP50 and AP50:95 as COCO defines them.
 
-    None where a class cannot be scored: in no mask and no prediction (IoU), or without an object (AP).
+    None for a class that the test scenes do not hold.
     """
     net.eval()
     if recipe.task == "segment":
@@ -286,9 +286,13 @@ def evaluate(
 
 
 def iou(confusion: Tensor) -> np.ndarray:
-    """Intersection over union of each class from pixels by (true class, predicted class); NaN for 0 / 0."""
-    hit = confusion.diag().double()
-    return (hit / (confusion.sum(dim=0) + confusion.sum(dim=1) - hit)).numpy()
+    """Intersection over union of each class, from pixels by (true class, predicted class).
+
+    NaN for a class that no mask holds, whatever was predicted: else the means of two sources would be over different
+    classes.
+    """
+    hit, true, predicted = confusion.diag().double(), confusion.sum(dim=1), confusion.sum(dim=0)
+    return torch.where(true > 0, hit / (true + predicted - hit), torch.nan).numpy()
 
 
 def average_precision(result: dict[str, Tensor], num_classes: int) -> dict[str, np.ndarray]:
