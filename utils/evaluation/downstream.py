@@ -124,7 +124,7 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
                 image_mean=[0.0] * channels, image_std=[1.0] * channels,
             )  # fmt: skip
             net.transform.resize = lambda image, target: (image, target)  # crops and whole images have one scale
-            encoder = net.backbone.body
+            encoder = getattr(net.backbone, "body", net.backbone)
     except InputError:
         raise
     except Exception as error:  # unknown names, no internet: each library has its own kinds
@@ -270,6 +270,7 @@ def evaluate(
         )
     else:
         metric = needed("torchmetrics.detection").MeanAveragePrecision(extended_summary=True)
+        metric.warn_on_many_detections = False
     for image, label in scenes:
         height, width = image.shape[:2]
         batch = F.pad(as_tensor([image], scale, device), (0, -width % STRIDE, 0, -height % STRIDE))
