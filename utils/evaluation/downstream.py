@@ -130,7 +130,8 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
     except Exception as error:  # unknown names, no internet: each library has its own kinds
         raise InputError(
             f"--network {recipe.network} --backbone {recipe.backbone} --backbone-weights {recipe.weights}: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            + ("; without internet: --backbone-weights none, or a file" if fetched else "")
         ) from error
     if weights:
         load_encoder(encoder, weights)
