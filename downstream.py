@@ -97,23 +97,41 @@ def compare(args: argparse.Namespace) -> int:
     check_libraries(args.task)
     device = pick_device(args.device)
     fused = {name_of(path, args.fused): path for path in args.fused}
+    if len(fused) < len(args.fused):
+        raise InputError(f"--fused: two folders are called {listed(fused)}; rename one")
     items, classes = open_items(args, fused)
     recipe = Recipe(args.task, len(classes), args.network, getattr(args, "backbone", "that of the network"),
                     args.backbone_weights, args.steps, args.batch, tuple(args.crop), args.lr)  # fmt: skip
     split = {part: [item.name for item in items if item.is_test == (part == "test")] for part in ("train", "test")}
     out = args.out or Path("runs") / f"downstream_{args.task}"
+    path, sources = out / "report.json", [*BASELINES, *fused]
     with lock_run_dir(out):
-        report = open_report(out / "report.json", settings_of(recipe, classes, items, split))
+        report = open_report(path, settings_of(recipe, classes, items, split))
         write_json(out / "split.json", split)
         print(f"{len(split['train'])} pairs to train on, {len(split['test'])} to test: {out / 'split.json'}")
-        for source in (*BASELINES, *fused):
-            run_source(source, str(fused.get(source, args.data)), args.seeds, recipe, items, device, report, out)
-        report["tables"] = {
-            score: table(report["runs"], score, classes, [*BASELINES, *fused], args.seeds)
-            for score in SCORES[args.task]
-        }
-        write_json(out / "report.json", report)
-    print("\n" + "\n\n".join(report["tables"].values()) + f"\n\n{out / 'report.json'}")
+        for source in sources:
+            training, test, scale, sha256 = open_source(source, items)
+            about = {"path": str(fused.get(source, args.data)), "images_sha256": sha256, **scale._asdict()}
+            if report["sources"].setdefault(source, about)["images_sha256"] != sha256:
+                raise InputError(f"{path}: the images of {source} have changed since; choose another --out")
+            done = {run["seed"] for run in report["runs"] if run["source"] == source}
+            for seed in dict.fromkeys(args.seeds):
+                if seed in done:
+                    continue
+                start = time.monotonic()
+                net, loss = train(recipe, training, scale, seed, device, f"{source}, seed {seed}")
+                scores = evaluate(recipe, net, test, scale, device)
+                minutes = round((time.monotonic() - start) / 60, 2)
+                report["runs"].append(
+                    {"source": source, "seed": seed, "scores": scores, "last_loss": round(loss, 4), "minutes": minutes,
+                     "device": str(device), "torch": torch.__version__, "commit": git_commit()}
+                )  # fmt: skip
+                write_json(path, report)
+                means = ", ".join(f"mean {name} {mean_of(values):.1f}" for name, values in scores.items())
+                print(f"{source}, seed {seed}: {means} %, {minutes} minutes", flush=True)
+        tables = {name: table(report["runs"], name, classes, sources, args.seeds) for name in SCORES[args.task]}
+        write_json(path, report | {"tables": tables})
+    print("\n" + "\n\n".join(tables.values()) + f"\n\n{path}")
     return 0
 
 
@@ -143,10 +161,7 @@ def open_items(args: argparse.Namespace, fused: dict[str, Path]) -> tuple[list[I
     # Neighbouring names are often neighbouring frames: whole blocks are tested on.
     is_test = [i // args.block % args.test_every == args.test_every // 2 for i in range(len(files))]
     if len(set(is_test)) < 2:
-        raise InputError(
-            f"{args.data}: {len(files)} pairs in blocks of {args.block} leave none to train on or none to test on; "
-            "choose a smaller --block or --test-every"
-        )
+        raise InputError(f"{args.data}: too few pairs ({len(files)}) to train on and to test on; try a smaller --block")
     path = args.labels or find_labels(args.data, args.task)
     if path is None or not path.exists():
         raise InputError(f"no labels at {path or args.data / ' or '.join(LABELS[args.task])}; name them with --labels")
@@ -175,42 +190,16 @@ def read_image(source: str, files: dict[str, Path]) -> np.ndarray:
     if source in ("average", "stacked"):
         vis, ir = Pair("", files["visible"], files["infrared"]).read(read_colour, read_colour)
         return to_uint8((vis + ir) / 2 if source == "average" else np.concatenate([vis, ir], axis=2))
-    vis, image = Pair("", files["visible"], files[source]).read(read_colour, read_colour)
-    return to_uint8(image)
+    return to_uint8(Pair("", files["visible"], files[source]).read(read_colour, read_colour)[1])  # checks the size
 
 
-def run_source(
-    source: str,
-    path: str,
-    seeds: Sequence[int],
-    recipe: Recipe,
-    items: Sequence[Item],
-    device: torch.device,
-    report: dict,
-    out: Path,
-) -> None:
-    """Trains and scores one source with every seed that the report does not have yet, and writes the report."""
-    images = [read_image(source, item.files) for item in items]
-    scenes = [(item.is_test, Scene(image, item.label)) for item, image in zip(items, images, strict=True)]
-    training, test = ([scene for is_test, scene in scenes if is_test == part] for part in (False, True))
-    scale = measure([scene.image for scene in training])
-    about = {"path": path, "images_sha256": hash_of(images), **scale._asdict()}
-    if report["sources"].setdefault(source, about)["images_sha256"] != about["images_sha256"]:
-        raise InputError(f"{out / 'report.json'}: the images of {source} have changed since; choose another --out")
-    for seed in seeds:
-        if any((run["source"], run["seed"]) == (source, seed) for run in report["runs"]):
-            continue
-        start = time.monotonic()
-        net, loss = train(recipe, training, scale, seed, device, f"{source}, seed {seed}")
-        scores = evaluate(recipe, net, test, scale, device)
-        minutes = round((time.monotonic() - start) / 60, 2)
-        report["runs"].append(
-            {"source": source, "seed": seed, "scores": scores, "last_loss": round(loss, 4), "minutes": minutes,
-             "device": str(device), "torch": torch.__version__, "commit": git_commit()}
-        )  # fmt: skip
-        write_json(out / "report.json", report)
-        means = ", ".join(f"mean {name} {mean_of(values):.1f}" for name, values in scores.items())
-        print(f"{source}, seed {seed}: {means} %, {minutes} minutes", flush=True)
+def open_source(source: str, items: Sequence[Item]) -> tuple[list[Scene], list[Scene], Scale, str]:
+    """Scenes to train on and to test on, how their channels are normalised, and the hash of all images."""
+    parts = {False: [], True: []}
+    for item in items:
+        parts[item.is_test].append(Scene(read_image(source, item.files), item.label))
+    images = [scene.image for part in parts.values() for scene in part]
+    return parts[False], parts[True], measure(images[: len(parts[False])]), hash_of(images)
 
 
 def measure(images: Sequence[np.ndarray]) -> Scale:
@@ -269,10 +258,8 @@ def mean_of(values: Sequence[float | None]) -> float:
 
 
 def table(runs: Sequence[dict], name: str, classes: Sequence[str], sources: Sequence[str], seeds: Sequence[int]) -> str:
-    """Markdown: mean and spread over the seeds, the difference from the best baseline, and every class, in percent.
-
-    The spread is the standard deviation (n - 1). Differences are taken seed by seed, because equal seeds have equal
-    first weights and crops.
+    """Markdown, in percent: mean and spread (standard deviation, n - 1) over the seeds, the difference from the best
+    baseline, taken seed by seed because equal seeds have equal first weights and crops, and the mean of every class.
     """
     scores = {(run["source"], run["seed"]): run["scores"][name] for run in runs}
     means = {source: np.array([mean_of(scores[source, seed]) for seed in seeds]) for source in sources}
@@ -309,13 +296,13 @@ def shrink(args: argparse.Namespace) -> int:
             write_image(args.out / masks.name / f"{name}.png", resized(mask, args.scale, cv2.INTER_NEAREST_EXACT))
     if boxes:
         found, classes = read_boxes(boxes, sizes)
-        with whole_file(args.out / LABELS["detect"][0]) as temporary:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                rows = csv.writer(file)
-                rows.writerow(["name", "class", "x0", "y0", "x1", "y1"])
-                for name, (corners, kinds) in found.items():
-                    for corner, kind in zip(corners * args.scale, kinds, strict=True):
-                        rows.writerow([name, classes[kind], *(f"{value:.2f}" for value in corner)])
+        rows = [["name", "class", "x0", "y0", "x1", "y1"]]
+        for name, (corners, kinds) in found.items():
+            rows += [
+                [name, classes[kind], *box.round(2)] for box, kind in zip(corners * args.scale, kinds, strict=True)
+            ]
+        with whole_file(args.out / "boxes.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
     print(f"{args.out}: {len(pairs)} pairs; labels: {listed(path.name for path in (masks, boxes) if path)}")
     return 0
 

@@ -107,7 +107,7 @@ def test_detection_runs_where_torchvision_has_its_operators_and_else_says_how_to
     if not torchvision.extension._has_ops():
         code, _, err = run(capsys, "detect", data, *options)
         assert code == 2 and err.count("\n") == 1
-        assert "detect needs torchvision's operators" in err and "pip install torch==" in err
+        assert "detect needs the operators of torchvision" in err and "pip install --force-reinstall torch" in err
         monkeypatch.setattr(torchvision.ops, "nms", lambda boxes, scores, threshold: scores.argsort(descending=True))
         monkeypatch.setattr(torchvision.ops.boxes, "nms", torchvision.ops.nms)
     code, out, err = run(capsys, "detect", data, *options)

@@ -52,9 +52,7 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> np.ndarray
     if mask.ndim == 3 and (mask[..., :3] == mask[..., :1]).all():
         mask = mask[..., 0]
     if mask.ndim != 2:
-        raise InputError(
-            f"{path} has colours; a mask holds the number of a class in every pixel, 0 to {num_classes - 1}"
-        )
+        raise InputError(f"{path} has colours; a mask holds a class number in every pixel, 0 to {num_classes - 1}")
     if mask.shape != size:
         raise InputError(
             f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]} (width x height); "

@@ -93,11 +93,9 @@ def check_libraries(task: str) -> None:
     try:
         torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     except RuntimeError as error:
-        raise InputError(
-            f"detect needs torchvision's operators, but torchvision {torchvision.__version__} does not fit torch "
-            f"{torch.__version__}; install both from one place: pip install torch=={torch.__version__.split('+')[0]} "
-            "torchvision --force-reinstall --index-url https://download.pytorch.org/whl/cpu"
-        ) from error
+        versions = f"torchvision {torchvision.__version__} is not made for torch {torch.__version__}"
+        install = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+        raise InputError(f"detect needs the operators of torchvision, but {versions}; {install}") from error
 
 
 def build(recipe: Recipe, channels: int) -> nn.Module:
@@ -112,10 +110,9 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
     fetched = recipe.weights == "imagenet" and weights is None  # by the library, from the internet
     try:
         if recipe.task == "segment":
-            library = needed("segmentation_models_pytorch")
-            net = library.create_model(
-                recipe.network, recipe.backbone, "imagenet" if fetched else None, classes=recipe.num_classes
-            )
+            create = needed("segmentation_models_pytorch").create_model
+            given = "imagenet" if fetched else None
+            net = create(recipe.network, recipe.backbone, given, classes=recipe.num_classes)
             encoder = net.encoder
         else:
             net = needed("torchvision").models.get_model(
@@ -128,11 +125,9 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # unknown names, no internet: each library has its own kinds
-        raise InputError(
-            f"--network {recipe.network} --backbone {recipe.backbone} --backbone-weights {recipe.weights}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
-            + ("; without internet: --backbone-weights none, or a file" if fetched else "")
-        ) from error
+        names = f"--network {recipe.network} --backbone {recipe.backbone} --backbone-weights {recipe.weights}"
+        advice = "; without internet: --backbone-weights none, or a file" if fetched else ""
+        raise InputError(f"{names}: {f'{error}'.splitlines()[:1] or type(error).__name__}{advice}") from error
     if weights:
         load_encoder(encoder, weights)
     widen(net, channels)
@@ -185,7 +180,8 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     net = build(recipe, scenes[0].image.shape[2]).to(device, memory_format=torch.channels_last).train()
-    weights = class_weights([scene.label for scene in scenes], recipe.num_classes).to(device)
+    if recipe.task == "segment":
+        weights = class_weights([scene.label for scene in scenes], recipe.num_classes).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), recipe.lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps + 1, pct_start=0.1)
     order: list[int] = []
@@ -211,11 +207,9 @@ def train(
     return net, float(np.mean(losses[-max(1, recipe.steps // 10) :]))
 
 
-def class_weights(labels: Sequence[np.ndarray | Boxes], num_classes: int) -> Tensor:
-    """Weights of the cross-entropy: rare classes weigh more, and the mean over all pixels is 1. Ones for boxes."""
-    if isinstance(labels[0], Boxes):
-        return torch.ones(num_classes)
-    counts = sum(np.bincount(mask.ravel(), minlength=256)[:num_classes] for mask in labels)
+def class_weights(masks: Sequence[np.ndarray], num_classes: int) -> Tensor:
+    """Weights of the cross-entropy: rare classes weigh more, and the mean over all pixels is 1."""
+    counts = sum(np.bincount(mask.ravel(), minlength=256)[:num_classes] for mask in masks)
     shares = torch.from_numpy(counts / max(1, counts.sum())).float()
     weights = (shares + 1e-3).rsqrt()
     return weights / (weights * shares).sum().clamp(min=1e-6)
@@ -266,9 +260,8 @@ def evaluate(
     """
     net.eval()
     if recipe.task == "segment":
-        metric = needed("torchmetrics.classification").MulticlassConfusionMatrix(
-            recipe.num_classes, ignore_index=IGNORE
-        )
+        matrix = needed("torchmetrics.classification").MulticlassConfusionMatrix
+        metric = matrix(recipe.num_classes, ignore_index=IGNORE)
     else:
         metric = needed("torchmetrics.detection").MeanAveragePrecision(extended_summary=True)
         metric.warn_on_many_detections = False
