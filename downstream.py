@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def compare(args: argparse.Namespace) -> int:
             if report["sources"].setdefault(source, about)["images_sha256"] != sha256:
                 raise InputError(f"{path}: the images of {source} have changed since; choose another --out")
             done = {run["seed"] for run in report["runs"] if run["source"] == source}
-            for seed in dict.fromkeys(args.seeds):
+            for seed in args.seeds:
                 if seed in done:
                     continue
                 start = time.monotonic()
@@ -136,6 +137,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def check_options(args: argparse.Namespace) -> None:
+    args.seeds = list(dict.fromkeys(args.seeds))
     if min(args.crop) < 2 * STRIDE or any(side % STRIDE for side in args.crop):
         raise InputError(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}, from {2 * STRIDE}")
     if min(args.block, args.steps) < 1 or min(args.batch, args.test_every) < 2 or not args.lr > 0:
@@ -166,6 +168,8 @@ def open_items(args: argparse.Namespace, fused: dict[str, Path]) -> tuple[list[I
     if path is None or not path.exists():
         raise InputError(f"no labels at {path or args.data / ' or '.join(LABELS[args.task])}; name them with --labels")
     sizes = {name: read_colour(known["visible"]).shape[:2] for name, known in files.items()}
+    for source, known in itertools.product(fused, files.values()):
+        read_image(source, known)  # a bad file is found before the baselines are trained, not after
     if args.task == "segment":
         labels, classes = read_masks(path, vis, sizes, len(args.classes)), args.classes
     else:
@@ -209,10 +213,8 @@ def measure(images: Sequence[np.ndarray]) -> Scale:
 
 
 def hash_of(arrays: Sequence[np.ndarray]) -> str:
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(np.ascontiguousarray(array))
-    return total.hexdigest()
+    hashes = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in arrays]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def settings_of(recipe: Recipe, classes: list[str], items: Sequence[Item], split: dict) -> dict:
@@ -235,13 +237,8 @@ def open_report(path: Path, settings: dict) -> dict:
     """A new report, or the one of an earlier run with the same settings."""
     if not path.exists():
         return {"settings": settings, "sources": {}, "runs": []}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        before = report["settings"]
-        report["sources"], report["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no report of this script; remove it or choose another --out") from error
-    differ = [key for key, value in settings.items() if before.get(key) != value]
+    report = json.loads(path.read_text(encoding="utf-8"))
+    differ = [key for key, value in settings.items() if report.get("settings", {}).get(key) != value]
     if differ:
         raise InputError(f"{path} was made with other {listed(differ)}; repeat its options or choose another --out")
     return report
@@ -289,27 +286,23 @@ def shrink(args: argparse.Namespace) -> int:
     for pair in progress(pairs, str(args.out), "pair"):
         for folder, image in zip((vis, ir), pair.read(read_colour, read_colour), strict=True):
             sizes[pair.name] = image.shape[:2]
-            write_image(args.out / folder.name / f"{pair.name}.png", resized(image, args.scale, cv2.INTER_AREA))
-    masks, boxes = (find_labels(args.data, task) for task in TASKS)
+            small = cv2.resize(image, None, fx=args.scale, fy=args.scale, interpolation=cv2.INTER_AREA)
+            write_image(args.out / folder.name / f"{pair.name}.png", small)
+    masks, objects = (find_labels(args.data, task) for task in TASKS)
     if masks:
         for name, mask in read_masks(masks, vis, sizes, 256).items():
-            write_image(args.out / masks.name / f"{name}.png", resized(mask, args.scale, cv2.INTER_NEAREST_EXACT))
-    if boxes:
-        found, classes = read_boxes(boxes, sizes)
+            small = cv2.resize(mask, None, fx=args.scale, fy=args.scale, interpolation=cv2.INTER_NEAREST_EXACT)
+            write_image(args.out / masks.name / f"{name}.png", small)
+    if objects:
+        found, classes = read_boxes(objects, sizes)
         rows = [["name", "class", "x0", "y0", "x1", "y1"]]
         for name, (corners, kinds) in found.items():
-            rows += [
-                [name, classes[kind], *box.round(2)] for box, kind in zip(corners * args.scale, kinds, strict=True)
-            ]
+            boxes = (corners * args.scale).round(2)
+            rows += [[name, classes[kind], *box] for box, kind in zip(boxes, kinds, strict=True)]
         with whole_file(args.out / "boxes.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
-    print(f"{args.out}: {len(pairs)} pairs; labels: {listed(path.name for path in (masks, boxes) if path)}")
+    print(f"{args.out}: {len(pairs)} pairs; labels: {listed(path.name for path in (masks, objects) if path)}")
     return 0
-
-
-def resized(image: np.ndarray, scale: float, interpolation: int) -> np.ndarray:
-    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
-    return cv2.resize(image, size, interpolation=interpolation)
 
 
 if __name__ == "__main__":

