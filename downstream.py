@@ -213,7 +213,7 @@ def measure(images: Sequence[np.ndarray]) -> Scale:
 
 
 def hash_of(arrays: Sequence[np.ndarray]) -> str:
-    hashes = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in arrays]
+    hashes = [hashlib.sha256(np.ascontiguousarray(array)).hash() for array in arrays]
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
