@@ -176,7 +176,7 @@ BAD = {
     r"1 are foreign \(module.weight\)": changed(**{"module.weight": WEIGHT}),
     r"of shape \(3, 2\) where \(2, 3\) is expected": changed(weight=WEIGHT.T),
     "of type torch.int32 where torch.float32": changed(weight=WEIGHT.int()),
-    "weight is not finite": changed(weight=torch.full((2, 3), torch.nan)),
+    "weight is NaN or infinite": changed(weight=torch.full((2, 3), torch.nan)),
     "weight is sparse or": changed(weight=WEIGHT.to_sparse()),
     "weight is sparse or of": changed(weight=WEIGHT.to("meta")),
     r"1 are foreign \(kkkk": changed(**{"k" * 10**6: WEIGHT}),

@@ -271,7 +271,7 @@ def _misfit(value: Tensor, wanted: Tensor) -> str:
         return f"of shape {tuple(value.shape)} where {tuple(wanted.shape)} is expected"
     if value.dtype != wanted.dtype and not (value.is_floating_point() and wanted.is_floating_point()):
         return f"of type {value.dtype} where {wanted.dtype} is expected"
-    return "" if value.to(wanted.dtype).isfinite().all() else "not finite in every number"
+    return "" if value.to(wanted.dtype).isfinite().all() else "NaN or infinite in part"
 
 
 def _stored(value: Tensor, name: str, half: bool) -> Tensor:
