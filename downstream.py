@@ -213,8 +213,8 @@ def measure(images: Sequence[np.ndarray]) -> Scale:
 
 
 def hash_of(arrays: Sequence[np.ndarray]) -> str:
-    hashes = [hashlib.sha256(np.ascontiguousarray(array)).hash() for array in arrays]
-    return hashlib.sha256(b"".join(hashes)).hexdigest()
+    hashes = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def settings_of(recipe: Recipe, classes: list[str], items: Sequence[Item], split: dict) -> dict:
