@@ -119,7 +119,7 @@ def prepare(args: argparse.Namespace) -> int:
                 if pair in validation:
                     if pair in still_to_keep:
                         still_to_keep.remove(pair)
-                        writer.hold_out(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
+                        writer.add_validation(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                     continue
                 patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
             except BAD_PAIR as error:

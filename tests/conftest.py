@@ -60,7 +60,7 @@ def patch_file(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     with PatchWriter(tmp_path / "patches.h5", 16) as writer:
         writer.add(*rng.uniform(0, 255, (2, 6, 16, 16)))
-        writer.hold_out("one", *rng.uniform(0, 255, (2, 48, 48)))
+        writer.add_validation("one", *rng.uniform(0, 255, (2, 48, 48)))
     return tmp_path / "patches.h5"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -415,3 +417,30 @@ def test_random_batches_keep_colours_on_their_pixels(tmp_path):
 def test_colour_has_no_place_in_the_published_layout(folder, tmp_path, capsys):
     assert prepare(folder, tmp_path / "p.h5", "--colour", "--layout", "published") == 2
     assert "colour is stored in the layout compact" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_mutated_patch_files_are_whole_or_refused_in_a_line(tmp_path):
+    draw, counts = random.Random(0), collections.Counter()
+    levels = np.random.default_rng(0).integers(0, 256, (3, 48, 48), dtype=np.uint8)
+    with PatchWriter(tmp_path / "good.h5", 48) as writer:
+        writer.add(levels[:2], levels[1:])
+        writer.add_validation("one", levels[0], levels[1])
+    good = (tmp_path / "good.h5").read_bytes()
+    for i in range(300):
+        data = bytearray(good)
+        for _ in range(draw.choice([1, 3, 20])):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        if draw.random() < 0.3:
+            del data[draw.randrange(len(data)) :]
+        (tmp_path / f"{i}.h5").write_bytes(data)
+        try:
+            read = PatchDataset(tmp_path / f"{i}.h5")
+        except InputError as error:
+            counts["refused"] += 1
+            assert "\n" not in str(error)
+        else:
+            counts["read"] += 1
+            assert read.vis.shape[1:] == read.ir.shape[1:] and len(read.vis) == len(read.ir) >= 1
+    print(f"\n{dict(counts)} of {counts.total()} mutated patch files")
+    assert min(counts.values()) > 20

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
+import random
 import sys
 import zlib
 from pathlib import Path
@@ -377,3 +379,38 @@ def test_two_constant_sources_are_not_normalised(tmp_path, capsys):
     assert read_grey(tmp_path / "f.png").mean() < 10  # it was 54: the border of the network's zero, blown up
     said = capsys.readouterr().err
     assert "vi.png is nearly constant" in said and "ir.png is nearly constant" in said
+
+
+FORMATS = (".png", ".jpg", ".tif", ".bmp", ".webp", ".pgm", ".gif")
+
+
+@pytest.mark.slow
+def test_mutated_images_are_read_in_their_size_or_refused_in_a_line(tmp_path):
+    draw, counts = random.Random(0), collections.Counter()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for i in range(1000):
+        suffix = FORMATS[i % len(FORMATS)]
+        data = bytearray(cv2.imencode(suffix, pixels[..., 0] if suffix == ".pgm" else pixels)[1].tobytes())
+        for _ in range(draw.choice([1, 1, 3, 20])):
+            place = draw.randrange(draw.choice([64, len(data)]))  # headers more often than chance would have it
+            kind = draw.randrange(3)
+            if kind == 0:
+                data[place] ^= 1 << draw.randrange(8)
+            elif kind == 1:
+                del data[place : place + draw.choice([1, 100, len(data)])]
+            else:
+                data[place:place] = draw.randbytes(draw.choice([1, 100]))
+            if len(data) < 64:
+                break
+        path = tmp_path / f"{i}{suffix}"
+        path.write_bytes(data)
+        try:
+            read = read_grey(path, Reading(memory=4 * 10**9))
+        except (InputError, OSError) as error:
+            counts["refused"] += 1
+            assert "\n" not in str(error)
+        else:
+            counts["read"] += 1
+            assert read.ndim == 2 and np.isfinite(read).all() and 0 <= read.min() <= read.max() <= 255
+    print(f"\n{dict(counts)} of {counts.total()} mutated images")
+    assert min(counts.values()) > 100

@@ -23,7 +23,7 @@ def patch_file(tmp_path):
     rng = np.random.default_rng(0)
     with PatchWriter(tmp_path / "patches.h5", 16) as writer:
         writer.add(rng.uniform(0, 255, (9, 16, 16)), rng.uniform(0, 255, (9, 16, 16)))
-        writer.hold_out("one", rng.uniform(0, 255, (48, 48)), rng.uniform(0, 255, (48, 48)))
+        writer.add_validation("one", rng.uniform(0, 255, (48, 48)), rng.uniform(0, 255, (48, 48)))
     return tmp_path / "patches.h5"
 
 

@@ -29,7 +29,7 @@ def patch_file(tmp_path):
     waves = 127 + 100 * np.sin(0.5 * x + 0.3 * y + np.arange(6)[:, None, None])
     with PatchWriter(tmp_path / "patches.h5", 48) as writer:
         writer.add(waves, 255 - waves)
-        writer.hold_out("one.png", waves[0], 255 - waves[1])
+        writer.add_validation("one.png", waves[0], 255 - waves[1])
     return tmp_path / "patches.h5"
 
 

@@ -143,7 +143,7 @@ class PatchWriter:
                 self._file[name][self.count :] = np.round(patches).astype(np.uint8)
         self.count += len(arrays[0])
 
-    def hold_out(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
+    def add_validation(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
         """Stores a pair (H, W) of levels in [0, 255] for validation, rounded half to even; vis also (H, W, 3)."""
         group = self._file.require_group(_VALIDATION)
         pair = np.round(np.stack([*([vis] if vis.ndim == 2 else np.moveaxis(vis, -1, 0)), ir])).astype(np.uint8)
