@@ -27,6 +27,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+import utils  # noqa: F401  before torch, see there
+
+# isort: split
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 

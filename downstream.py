@@ -24,6 +24,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+import utils  # noqa: F401  before torch, see there
+
+# isort: split
 import torch
 
 from utils.common import InputError, file_sha256, git_commit, listed, lock_run_dir, progress, run_script, whole_file

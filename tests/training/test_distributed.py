@@ -80,9 +80,10 @@ def test_two_processes_have_the_loss_curve_of_one(optimizer, patch_file, tmp_pat
         for name, value in first.items():
             assert second[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
     one, two = (read_file(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
-    # Either optimiser moves a weight by about the learning rate a step, whatever its gradient: 8 steps of 1e-4 here.
+    # Either optimiser moves a weight by about the learning rate a step, whatever its gradient, Muon by three times as
+    # much: 8 steps of 1e-4 here. So a gradient that is nearly zero may make a difference of its sign.
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-4)
+        torch.testing.assert_close(two[key], value, rtol=0, atol=3e-4)
 
 
 @pytest.mark.slow
