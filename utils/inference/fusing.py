@@ -34,8 +34,7 @@ PUBLISHED = "published"  # for --weights; and the folder in this checkout that t
 PUBLISHED_REPOSITORY = "https://github.com/Zhaozixiang1228/MMIF-CDDFuse"
 
 SKIP_HELP = (
-    "image that the decoder is given: vis, sum or none; for tsdm how it pads: published or minimal "
-    "(default: the published rule for the weights and the task)"
+    "image that the decoder is given: vis, sum or none (default: the published rule for the weights and the task)"
 )
 
 
