@@ -89,9 +89,9 @@ def read_manifests(folder: Path = FOLDER) -> list[dict[str, Any]]:
     return manifests
 
 
-def name_of_list(hash: str, folder: Path = FOLDER) -> str | None:
+def name_of_list(images: str, folder: Path = FOLDER) -> str | None:
     """The published set with this `list_hash`, or None."""
-    return next((manifest["set"] for manifest in read_manifests(folder) if manifest["images"] == hash), None)
+    return next((manifest["set"] for manifest in read_manifests(folder) if manifest["images"] == images), None)
 
 
 @dataclass(frozen=True)
