@@ -126,8 +126,8 @@ def test_published_weights_are_those_of_the_clone_and_the_error_names_the_comman
     assert found[-1] == tmp_path / "published/models/CDDFuse_MIF.pth"
 
 
-# From the top down; a file may import from its own room and from those below. The page is app.py's, so it is a script.
-ROOMS = (("utils.page",), ("zoo",), ("utils.training", "utils.evaluation"), ("utils.inference",), ("utils.data",),
+# From the top down; a file may import from its own room and from those below.
+ROOMS = (("zoo",), ("utils.training", "utils.evaluation"), ("utils.inference",), ("utils.data",),
          ("utils.common", "utils.metrics", "utils.tiles", "net"))  # fmt: skip
 ALONE = {"net", "utils.metrics", "utils.tiles"}  # others copy them
 
@@ -139,15 +139,12 @@ def room_of(module: str) -> int | None:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports when it is run, also within its functions."""
-    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-    types = {id(node) for test in nodes if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
-             for node in test.body}  # fmt: skip
+    """Every module that a file imports, also within its functions."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and id(node) not in types:
+        elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from utils.inference.fusing import autocast, has_bfloat16
 from utils.training.distributed import any_rank, is_first, mean_over_ranks, rank, ranks
 from utils.training.monitor import log
 from utils.training.optimizers import Muon, matrices
-
-if TYPE_CHECKING:
-    from zoo import Pass, Stage
+from utils.training.stages import Pass, Stage
 
 # Looking at a loss makes a GPU wait for the host, so there it is looked at after so many steps only.
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 25}

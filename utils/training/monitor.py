@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from utils.evaluation.scores import means
 from utils.inference.fusing import autocast, fuse_arrays, to_network
 from utils.metrics import PAPER_TABLE, score
 from utils.training.distributed import alone
-
-if TYPE_CHECKING:
-    from zoo import Stage
+from utils.training.stages import Stage
 
 PANEL_PAIRS = 4
 
