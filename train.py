@@ -31,7 +31,7 @@ import utils  # noqa: F401  before torch, see there
 # isort: split
 import torch
 
-from utils.common import InputError, check_writable, git_commit, listed, lock_run_dir, run_script
+from utils.common import InputError, check_writable, free_memory, git_commit, listed, lock_run_dir, run_script
 from utils.data.images import write_image
 from utils.data.patches import PatchDataset
 from utils.inference.checkpoint import load_fitting
@@ -142,6 +142,8 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     data = args.data or DATA
     dataset = PatchDataset(data, colour=system.takes_colour)
     check_patches(options, system, dataset, data)
+    if device.type == "cpu":
+        warn_of_memory(options, system, options.crop or dataset.size)
     settings = {"system": args.system, "task": args.task, **vars(options), **vars(system_options)}
     settings |= {"patches": len(dataset), "patches_hash": dataset.hash}
     facts = {"data": data.name, "init": getattr(args.init or args.init_partial, "name", ""), "commit": git_commit(),
@@ -209,6 +211,21 @@ def check_patches(options: Options, system: type, dataset: PatchDataset, data: P
         raise InputError(
             f"{data} holds {len(dataset)} patches, and a batch needs {smallest}: make a larger file, or set "
             "--epoch-batches to draw patches several times"
+        )
+
+
+def warn_of_memory(options: Options, system: type, side: int) -> None:
+    """Says so where a step takes more memory than is free: Linux ends such a process without a word."""
+    needed = system.step_bytes * options.batch_size * side**2
+    if options.precision == "bfloat16":
+        needed *= 0.57  # measured for CDDFuse; FSIDFusion takes 0.54
+    free = free_memory()
+    if free is not None and needed > free and is_first():
+        log(
+            f"warning: a step of --batch-size {options.batch_size} with {side} pixels a side takes about "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; the system may end this process. "
+            "Try a smaller --batch-size or --crop, or --precision bfloat16",
+            error=True,
         )
 
 

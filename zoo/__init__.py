@@ -70,6 +70,7 @@ class System:
     # `fuse` takes, where there is no `fuse_tiled`, which is what --max-memory is held against (0: not known).
     map_bytes = 0
     whole_bytes = 0
+    step_bytes = 0  # bytes a pixel of a batch, in float32, that a training step takes; 0: not known
     Options: type = NoOptions  # of its training: a frozen dataclass with fields made by `option`
     # Name -> values of training options that differ from their defaults, which are those of CDDFuse's published code.
     # The first is the default, "published" where there is none.

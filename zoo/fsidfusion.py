@@ -170,6 +170,7 @@ class FSIDFusion(System, nn.Module):
     columns = PUBLISHED_COLUMNS["fsidfusion"]
     Options = Options
     map_bytes = 6 * 64 * 4
+    step_bytes = 220_000
 
     # Name in a published checkpoint -> attribute.
     published_networks = {

@@ -353,6 +353,14 @@ def test_batch_too_small_for_a_system_is_found_before_training(patch_file, tmp_p
     assert "at least 2 for FSIDFusion" in error_of(capsys)
 
 
+def test_step_of_more_memory_than_is_free_is_said_before_the_first(patch_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "free_memory", lambda: 10**8)  # a step of four patches of 16 pixels takes 0.15 GB
+    assert run(patch_file, tmp_path / "a") == 0
+    assert "--batch-size 4 with 16 pixels a side takes about 0.2 GB" in capsys.readouterr().err
+    assert run(patch_file, tmp_path / "b", "--precision", "bfloat16") == 0
+    assert "GB" not in capsys.readouterr().err
+
+
 def test_mlfuse_trains_on_saliency_in_its_published_recipe(tmp_path, capsys):
     rng = np.random.default_rng(0)
     with PatchWriter(tmp_path / "p.h5", 128, saliency=True) as writer:
