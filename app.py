@@ -38,10 +38,10 @@ from utils.common import InputError, file_sha256, in_checkout, run_script, sigte
 from utils.data.images import read_grey, to_uint8, write_image
 from utils.data.pairs import find_modalities, list_pairs, task_of
 from utils.data.readers import Reading, auto_range, values_in
-from utils.data.registration import edge_shift, resize
-from utils.data.sources import Registration, Source, read_source
+from utils.data.registration import edge_shift, register, resize
+from utils.data.sources import Source, read_source
 from utils.inference import fusing
-from utils.inference.colour import fuse_sources
+from utils.inference.fusing import fuse_sources
 from utils.inference.memory import format_size, parse_size
 from utils.metrics import METRICS, PROTOCOLS, score
 from utils.training.monitor import feature_maps
@@ -168,7 +168,7 @@ class Desk:
                 fusing.fuse_arrays(model, *np.zeros((2, side, side), np.float32), skip, normalise=False, **self.how)
                 self.work[system] = done / side**2
             done, total, started = 0, self.work[system] * vis.grey.size, time.monotonic()
-            fused = fuse_sources(model, vis, ir, skip, colour=colour, normalise=model.normalised, **self.how)
+            fused = fuse_sources(model, vis, ir, skip, colour, normalise=model.normalised, **self.how)
         self.work[system] = done / vis.grey.size
         tell(1, 0)
         facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), decoder image: {skip}, "
@@ -268,7 +268,8 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
 
         try:
             sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
-            sources[1] = Registration(resized, advice="tick the box that resizes, or crop one of them")(*sources)
+            advice = "tick the box that resizes, or crop one of them"
+            sources[1] = register(*sources, resize_ir=resized, advice=advice)
             fused, file, facts, maps, columns = desk.fuse(*sources, task, system, weights, colour, tell)
             notes, table = [] if task_seen((vis, ir), sources) == task else [say[f"not_{task}"]], ""
             # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
 from utils.data.degradation import INFRARED, VISIBLE, to_levels
-from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_colour
+from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_image
 from utils.data.pairs import Pair, add_pair_option, find_modalities, list_pairs, read_as, refuse_one_source, set_name
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.readers import add_reading_options
@@ -186,7 +186,7 @@ def show_degraded(args: argparse.Namespace, pairs: list[Pair], most: int = 4, si
             print(f"{pair.name} {name}: {draw}")
     if not rows:
         raise InputError("not one pair could be shown; name other folders by --data")
-    write_colour(out, one_below_another(rows))
+    write_image(out, one_below_another(rows))
     print(f"{out}: each row visible, degraded twice, infrared, degraded twice")
     return EXIT_BAD_INPUT if len(rows) < len(chosen) else 0
 

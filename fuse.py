@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,15 +34,31 @@ from utils.common import (
     sigterm_as_ctrl_c,
     whole_file,
 )
-from utils.data.images import DEEP_SUFFIXES, SUFFIXES, WRITABLE, check_format, side_by_side, to_uint8, write_image
+from utils.data.images import (
+    DEEP_SUFFIXES,
+    SUFFIXES,
+    WRITABLE,
+    check_format,
+    luma_of,
+    side_by_side,
+    to_uint8,
+    write_image,
+)
 from utils.data.pairs import Pair, PairList, add_pair_option, list_pairs, read_as, refuse_one_source, task_of
 from utils.data.readers import add_reading_options, readings_of, stem_of, suffix_of
-from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography
-from utils.data.sources import Registration, Source, read_sources
+from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography, register
+from utils.data.sources import Source, read_sources
 from utils.data.video import FrameFolder, RunningRange, SequencePair, VideoFile, VideoPair, check_video_name, is_video
 from utils.evaluation.benchmark import Method, left_out, load_method
-from utils.inference.colour import COLOURS, fuse_sources
-from utils.inference.fusing import SKIP_HELP, add_inference_options, find_weights, pick_device, pick_precision
+from utils.inference.fusing import (
+    COLOURS,
+    SKIP_HELP,
+    add_inference_options,
+    find_weights,
+    fuse_sources,
+    pick_device,
+    pick_precision,
+)
 from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
@@ -53,17 +69,22 @@ class Session:
 
     method: Method
     args: argparse.Namespace
-    registration: Registration
+    homography: np.ndarray | None
     fused: int = 0
     misaligned: dict[str, str] = field(default_factory=dict)
 
-    def register(self, vis: Source, ir: Source, name: str, check: bool = True) -> Source:
+    def register(self, vis: Source, raw: Source, name: str, check: bool = True) -> Source:
         """The infrared source on the pixels of the visible one; a pair that looks misaligned is remembered."""
-        homography, raw = self.registration.homography, ir
-        ir = self.registration(vis, ir)
-        covered = 1.0 if homography is None or self.fused else coverage(raw.size, homography, vis.size)
-        if covered < 0.995:
-            tqdm.write(f"note: {raw.name} covers {covered:.0%} of the visible image; beyond it, its border is repeated")
+        advice = (
+            "where both show the same view add --resize-ir, else --homography FILE, a 3x3 matrix from infrared to "
+            "visible pixels"
+        )
+        ir = register(vis, raw, resize_ir=self.args.resize_ir, homography=self.homography, advice=advice)
+        if self.homography is not None and not self.fused:
+            covered = coverage(raw.size, self.homography, vis.size)
+            if covered < 0.995:
+                text = f"note: {raw.name} covers {covered:.0%} of the visible image; beyond it, its border is repeated"
+                tqdm.write(text)
         # MRI and CT, PET or SPECT have too few edges in common for the check to mean anything.
         if check and self.args.task == "ivf" and not self.args.no_check:
             shift = edge_shift(vis.grey, ir.grey)
@@ -75,30 +96,37 @@ class Session:
     def normalised(self) -> bool:
         return self.method.model.is_normalised(self.args.normalise)
 
-    def fuse(self, vis: Source, ir: Source, normalise: Callable | None = None) -> np.ndarray:
-        """Fuses a pair; `normalise` takes the place of min-max normalisation, where the result is normalised at all."""
+    def fuse(self, vis: Source, ir: Source, steady: RunningRange | None = None) -> np.ndarray:
+        """Fuses a pair; `steady` takes the place of min-max normalisation, where the result is normalised at all."""
         args = self.args
-        return fuse_sources(
-            self.method.model, vis, ir, self.method.skip, colour=args.colour, precision=args.precision,
-            max_memory=args.max_memory, scratch=args.scratch,
-            normalise=(normalise or True) if self.normalised else False,
-        )  # fmt: skip
+        normalise = self.normalised and (steady or True)
+        how = {"precision": args.precision, "max_memory": args.max_memory, "scratch": args.scratch}
+        return fuse_sources(self.method.model, vis, ir, self.method.skip, args.colour, normalise=normalise, **how)
+
+    def fuse_files(self, pair: Pair, target: Path, panel: Path) -> np.ndarray:
+        """Fuses two files into one, draws the panel if it was asked for, and returns the fused image."""
+        vis, raw = read_sources(pair)
+        ir = self.register(vis, raw, pair.name)
+        fused = self.fuse(vis, ir)
+        write_image(target, fused, bits=self.args.bits)
+        self.fused += 1
+        if self.args.panel:
+            self.write_panel(panel, vis, ir, fused)
+        return fused
 
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
         """Visible, infrared, the system's features where it shows some, fused."""
         maps = feature_maps(self.method.model, vis.grey, ir.grey)
-        panel = side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps.values(), to_uint8(fused)])
-        write_image(path, panel)
+        write_image(path, side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps.values(), to_uint8(fused)]))
 
     def say_what_was_seen(self) -> None:
-        if not self.misaligned:
-            return
-        off = listed(f"{name} by {shift}" for name, shift in self.misaligned.items())
-        print(
-            f"warning: more than {TOLERANCE:g} pixels off, by the look of their edges, are the infrared images of "
-            f"{off}. Edges will be double; --homography FILE aligns, --no-check skips this check",
-            file=sys.stderr,
-        )
+        if self.misaligned:
+            off = listed(f"{name} by {shift}" for name, shift in self.misaligned.items())
+            print(
+                f"warning: more than {TOLERANCE:g} pixels off, by the look of their edges, are the infrared images of "
+                f"{off}. Edges will be double; --homography FILE aligns, --no-check skips this check",
+                file=sys.stderr,
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,38 +177,34 @@ def fuse(args: argparse.Namespace) -> int:
     for path in (args.ir, args.vi):
         if not path.exists():
             raise FileNotFoundError(f"nothing at {path}; --ir and --vi each name an image, a folder or a video")
+        if os.path.realpath(args.out) == os.path.realpath(path):
+            raise InputError(f"--out {args.out} would write over the source; name another place")
     if not args.ir_from_alpha:
         refuse_one_source(args.vi, args.ir)
-    kinds = [kind_of(path) for path in (args.ir, args.vi)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{args.ir} is {kinds[0]} but {args.vi} is {kinds[1]}; --ir and --vi must be of one kind")
-    kind, to_video = kinds[0], is_video(args.out)
-    moving = kind == "a video" or args.sequence or to_video
-    check_options(args, kind, to_video, moving)
-    registration = Registration(args.resize_ir, read_homography(args.homography) if args.homography else None)
-    found = open_folders(args) if kind == "a folder" else None
+    kind, other = kind_of(args.ir), kind_of(args.vi)
+    if kind != other:
+        raise InputError(f"{args.ir} is {kind} but {args.vi} is {other}; --ir and --vi must be of one kind")
+    check_options(args, kind)
+    homography = read_homography(args.homography) if args.homography else None
+    device = pick_device(args.device)
+    found, target = None, args.out
+    if kind != "a video":
+        found = find_pairs(args, kind, args.max_memory if device.type == "cpu" else None)
     if kind == "an image":
-        remember_source(args.vi)
-        remember_source(args.ir)
-        [pair, *others] = read_list(PairList((Pair(stem_of(args.vi), args.vi, args.ir),), (), ()), args).pairs
-        names_file = args.out.suffix and not args.out.is_dir()
-        target = args.out if names_file else args.out / name_in_folder(pair, args)
-        if others:  # --slice all
-            if names_file:
-                raise InputError(f"{args.out} is one image but {args.vi} holds {len(others) + 1} slices; name a folder")
-            found = PairList((pair, *others), (), ())
-        refuse_sources(target, args)
-        check_format(target, args.bits)
-        if args.panel:
-            check_target(panel_beside(target))
-    session = Session(open_method(args), args, registration)
+        target = target_of(args, found)
+    args.precision = pick_precision(args.precision, device)
+    system = find_system(args.system)
+    weights = find_weights(system, args.task, args.weights)[-1]
+    session = Session(load_method(weights, system, device, args.skip, args.task), args, homography)
     named = task_of(args.vi, args.ir)
     if named and named != args.task:
         print(f"warning: {args.vi} and {args.ir} look like a case for --task {named}", file=sys.stderr)
     with sigterm_as_ctrl_c():  # videos are closed so that they play, lists are written
-        if moving:
+        if kind == "a video" or args.sequence or is_video(args.out):
             return fuse_moving(session, found)
-        return fuse_folder(session, found) if found else fuse_pair(session, pair, target)
+        if kind == "an image" and len(found.pairs) == 1:
+            return fuse_pair(session, found.pairs[0], target)
+        return fuse_folder(session, found)
 
 
 def kind_of(path: Path) -> str:
@@ -189,7 +213,8 @@ def kind_of(path: Path) -> str:
     return "a video" if is_video(path) else "an image"
 
 
-def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: bool) -> None:
+def check_options(args: argparse.Namespace, kind: str) -> None:
+    to_video = is_video(args.out)
     if to_video and kind == "an image":
         raise InputError(f"{args.out} is a video but {args.vi} is an image; name an image")
     if to_video or (kind == "a video" and args.out.suffix and not args.out.is_dir()):
@@ -200,12 +225,14 @@ def check_options(args: argparse.Namespace, kind: str, to_video: bool, moving: b
         raise InputError(f"{args.out} is one image but {args.vi} is {kind}; name a folder with --out")
     if (args.list or args.annotations or args.sequence) and kind != "a folder":
         raise InputError("--list, --annotations and --sequence are for folders")
-    if args.list and moving:
+    if args.list and (args.sequence or to_video):
         raise InputError("--list is for folders of single pairs, not for the frames of one scene")
     if args.list and args.list.is_dir():
         raise InputError(f"--list {args.list} is a folder; name a file")
     if args.annotations and not args.list:
         raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
+    if args.resize_ir and args.homography:
+        raise InputError("--resize-ir and --homography exclude each other: a homography sees to the size, too")
     if args.offset and (kind != "a video" or not np.isfinite(args.offset)):
         raise InputError(f"--offset is for two videos, and a finite number of seconds; got {args.offset:g}")
     if args.fps is not None and not 0 < args.fps < 1000:
@@ -227,19 +254,18 @@ def name_in_folder(pair: Pair, args: argparse.Namespace) -> str:
     return name
 
 
-def refuse_sources(target: Path, args: argparse.Namespace) -> None:
-    if any(os.path.realpath(target) == os.path.realpath(source) for source in (args.ir, args.vi)):
-        raise InputError(f"--out {args.out} would write over the source {target}; name another place")
-
-
-def open_folders(args: argparse.Namespace) -> PairList:
-    refuse_sources(args.out, args)
+def find_pairs(args: argparse.Namespace, kind: str, memory: int | None) -> PairList:
+    """The pairs of two folders, or the one of two images (one a slice with --slice all)."""
+    if kind == "an image":
+        remember_source(args.vi)
+        remember_source(args.ir)
+        return read_as(PairList((Pair(stem_of(args.vi), args.vi, args.ir),), (), ()), args, memory)
     found = list_pairs(args.vi, args.ir, args.pair_by)
     if found.unmatched():
         print(f"warning: {found.unmatched()}; left out", file=sys.stderr)
     if args.list:
         check_target(args.list)
-    found = read_list(found, args)
+    found = read_as(found, args, memory)
     if not (args.resize_ir or args.homography):
         found.check_usable("; add --resize-ir where both show the same view, else --homography FILE")
     for pair in found.pairs if not is_video(args.out) else ():
@@ -247,36 +273,32 @@ def open_folders(args: argparse.Namespace) -> PairList:
     return found
 
 
-def read_list(found: PairList, args: argparse.Namespace) -> PairList:
-    return read_as(found, args, args.max_memory if pick_device(args.device).type == "cpu" else None)
-
-
-def open_method(args: argparse.Namespace) -> Method:
-    system, device = find_system(args.system), pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
-    path = find_weights(system, args.task, args.weights)[-1]
-    return load_method(path, system, device, args.skip, args.task)
+def target_of(args: argparse.Namespace, found: PairList) -> Path:
+    """The file of a single pair, which may be written, and its panel too."""
+    names_file = args.out.suffix and not args.out.is_dir()
+    if names_file and len(found.pairs) > 1:
+        raise InputError(f"{args.out} is one image but {args.vi} holds {len(found.pairs)} slices; name a folder")
+    target = args.out if names_file else args.out / name_in_folder(found.pairs[0], args)
+    check_format(target, args.bits)
+    for path in (target, panel_beside(target))[: 1 + args.panel]:
+        check_target(path)
+    return target
 
 
 def fuse_pair(session: Session, pair: Pair, target: Path) -> int:
-    args = session.args
-    vis, raw = read_sources(pair)
-    ir = session.register(vis, raw, target.name)
     started = time.perf_counter()
-    fused = session.fuse(vis, ir)
+    fused = session.fuse_files(pair, target, panel_beside(target))
     elapsed_s = time.perf_counter() - started
-    write_image(target, fused, bits=args.bits)
-    kind = "grey" if fused.ndim == 2 else "colour"
-    print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {kind}, {args.bits} bits, fused in {elapsed_s:.2f} s")
-    if args.panel:
-        session.write_panel(panel_beside(target), vis, ir, fused)
+    kind, bits = "grey" if fused.ndim == 2 else "colour", session.args.bits
+    print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {kind}, {bits} bits, fused in {elapsed_s:.2f} s")
+    if session.args.panel:
         print(f"{panel_beside(target)}: visible, infrared, features (where the system shows them), fused")
     session.say_what_was_seen()
     return 0
 
 
 def fuse_folder(session: Session, found: PairList) -> int:
-    """Fuses each pair of two folders on its own. A bad pair is named and left out; returns 2 if there was one."""
+    """Fuses each pair on its own into a folder. A bad pair is named and left out; returns 2 if there was one."""
     args = session.args
     check_writable(args.out)
     annotations = annotations_in(args.annotations) if args.annotations else {}
@@ -284,15 +306,9 @@ def fuse_folder(session: Session, found: PairList) -> int:
     started = time.perf_counter()
     try:
         for pair in progress(found.pairs, str(args.out), "pair"):
+            target = args.out / name_in_folder(pair, args)
             try:
-                target = args.out / name_in_folder(pair, args)
-                vis, raw = read_sources(pair)
-                ir = session.register(vis, raw, pair.name)
-                fused = session.fuse(vis, ir)
-                write_image(target, fused, bits=args.bits)
-                session.fused += 1
-                if args.panel:
-                    session.write_panel(args.out / "panels" / f"{pair.name}.png", vis, ir, fused)
+                session.fuse_files(pair, target, args.out / "panels" / f"{pair.name}.png")
             except BAD_PAIR as error:
                 left_out(f"{args.out.name}/{pair.name}", error, args)
                 continue
@@ -331,7 +347,6 @@ def write_list(path: Path, method: Method, pairs: list[dict[str, str | None]]) -
 def fuse_moving(session: Session, found: PairList | None) -> int:
     """Fuses videos or sequences frame by frame, to a video or to a folder. Returns 2 if frames had to be left out."""
     args = session.args
-    refuse_sources(args.out, args)
     frames = SequencePair(found) if found else VideoPair(args.vi, args.ir, args.offset, readings_of(args))
     rate = args.fps or frames.rate
     names = {pair.name: name_in_folder(pair, args) for pair in found.pairs} if found else {}
@@ -368,7 +383,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
         if args.panel and not session.fused:
             session.write_panel(panel_beside(args.out), vis, ir, fused)
         session.fused += 1
-        means.append((mean_level(fused), vis.grey.mean(), ir.grey.mean(), steady.mean_alone))
+        means.append((luma_of(fused).mean(), vis.grey.mean(), ir.grey.mean(), steady.mean_alone))
     if not session.fused:
         raise InputError(f"{args.vi} and {args.ir} have no frame that can be read")
     if len(means) > 1:
@@ -377,10 +392,6 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
         each = f"; {alone:.2f} if each frame were normalised alone" if session.normalised else ""
         print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{each}")
     return bad
-
-
-def mean_level(image: np.ndarray) -> float:
-    return float(image.mean() if image.ndim == 2 else image.mean(axis=(0, 1)) @ (0.299, 0.587, 0.114))
 
 
 def panel_beside(target: Path) -> Path:

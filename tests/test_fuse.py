@@ -14,7 +14,7 @@ import pytest
 import fuse
 from tests.conftest import write_pair
 from utils.common import InputError, in_checkout
-from utils.data.images import chroma, read_colour, read_grey, write_colour, write_grey, write_image
+from utils.data.images import chroma, read_colour, read_grey, write_image
 from utils.data.video import VideoFile, VideoPair
 from utils.inference.fusing import fuse_arrays
 from zoo.cddfuse import CDDFuseSystem
@@ -83,7 +83,7 @@ def test_a_pair_is_fused_as_by_the_test_scripts_and_has_the_colour_of_the_visibl
     assert np.abs(luma - want)[inside].max() < 0.51  # three channels, each rounded by up to a half
     assert np.abs(chroma(fused) - chroma(source))[inside].max() < 1
     run(capsys, *pair(data), tmp_path / "g.png", "--colour", "none")
-    write_grey(tmp_path / "want.png", want)
+    write_image(tmp_path / "want.png", want)
     np.testing.assert_array_equal(read_grey(tmp_path / "g.png"), read_grey(tmp_path / "want.png"))
     assert cv2.imread(str(tmp_path / "g.png"), cv2.IMREAD_UNCHANGED).ndim == 2
 
@@ -94,7 +94,7 @@ def test_grey_sources_give_a_grey_file_and_two_coloured_ones_share(data, tmp_pat
     _, out, _ = run(capsys, ir, tmp_path / "copy.png", tmp_path / "f.png")
     assert "grey" in out
     red = np.stack([read_grey(ir), read_grey(ir) * 0, read_grey(ir) * 0], axis=-1)
-    write_colour(tmp_path / "red.png", red)
+    write_image(tmp_path / "red.png", red)
     results = {}
     for colour in ("both", "vis", "ir"):
         run(capsys, tmp_path / "red.png", vi, tmp_path / f"{colour}.png", "--colour", colour)
@@ -199,8 +199,8 @@ def test_a_homography_that_misses_the_image_or_part_of_it_is_said(data, tmp_path
 def test_a_shifted_pair_is_fused_with_a_warning(tmp_path, capsys):
     scene = np.random.default_rng(0).uniform(0, 255, (20, 20)).astype(np.float32)
     scene = cv2.resize(scene, (110, 106), interpolation=cv2.INTER_CUBIC)
-    write_grey(tmp_path / "vi.png", scene[5:101, 5:101])
-    write_grey(tmp_path / "ir.png", 255 - scene[1:97, 5:101])  # what is bright in one is dark in the other
+    write_image(tmp_path / "vi.png", scene[5:101, 5:101])
+    write_image(tmp_path / "ir.png", 255 - scene[1:97, 5:101])  # what is bright in one is dark in the other
     code, _, err = run(capsys, tmp_path / "ir.png", tmp_path / "vi.png", tmp_path / "f.png")
     assert code == 0 and "about 4 pixels (4 down;" in err and "--homography" in err
     code, _, err = run(capsys, tmp_path / "ir.png", tmp_path / "vi.png", tmp_path / "f.png", "--no-check")
@@ -244,7 +244,7 @@ def test_brightness_is_steadier_than_if_each_frame_were_normalised_alone(model, 
 def test_image_sequences_are_ordered_by_number_and_odd_sides_of_a_video_are_filled(tmp_path, capsys):
     for seed, name in enumerate(("ir", "vi")):
         for number, frame in zip((8, 9, 10), frames(3, (33, 35), seed), strict=True):
-            write_grey(tmp_path / name / f"frame_{number}.png", frame)
+            write_image(tmp_path / name / f"frame_{number}.png", frame)
     code, out, err = run(capsys, tmp_path / "ir", tmp_path / "vi", tmp_path / "f.mkv", "--fps", 5)
     assert code == 0 and "3 frames at 5 a second" in out and "even sides" in err
     found, rate = read_video(tmp_path / "f.mkv")
@@ -259,7 +259,7 @@ def test_image_sequences_are_ordered_by_number_and_odd_sides_of_a_video_are_fill
 def test_a_bad_frame_of_a_sequence_is_replaced_by_the_one_before_it(tmp_path, capsys):
     for seed, name in enumerate(("ir", "vi")):
         for number, frame in enumerate(frames(3, seed=seed)):
-            write_grey(tmp_path / name / f"{number}.png", frame)
+            write_image(tmp_path / name / f"{number}.png", frame)
     (tmp_path / "ir" / "1.png").write_bytes(b"")
     code, out, err = run(capsys, tmp_path / "ir", tmp_path / "vi", tmp_path / "f.mkv")
     assert code == 2 and "1.png" in err and "stands in" in err
@@ -356,8 +356,8 @@ def test_bad_input_is_one_clear_line(ir, vi, out, options, said, data, capsys):
         (data / name).write_bytes(b"no video")
     (data / "link.avi").symlink_to(data / "bad.avi")
     for name in "ab":
-        write_grey(data / "jpeg" / f"{name}.jpg", np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE))
-        write_grey(data / "large" / f"{name}.png", np.linspace(0, 255, 2500).reshape(50, 50))
+        write_image(data / "jpeg" / f"{name}.jpg", np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE))
+        write_image(data / "large" / f"{name}.png", np.linspace(0, 255, 2500).reshape(50, 50))
     before = sorted(data.rglob("*"))
     code, _, err = run(capsys, data / ir, data / vi, data / out, *options)
     lines = err.splitlines()

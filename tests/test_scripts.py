@@ -21,7 +21,7 @@ import train
 from tests.conftest import write_pair
 from utils import common
 from utils.common import ROOT
-from utils.data.images import chroma, read_colour, read_grey, write_grey
+from utils.data.images import chroma, read_colour, read_grey, write_image
 from utils.data.manifests import make_manifest
 from utils.data.pairs import find_sets
 from utils.evaluation.benchmark import add_arguments
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_files_as_written(infrared, weights, model, tmp_
     for name in ("a.x", "b"):
         vis, ir = (read_grey(infrared / modality / f"{name}.png") for modality in ("vi", "ir"))
         fused = read_grey(folder / f"{name}.png")
-        write_grey(tmp_path / "again.png", fuse_arrays(model, vis, ir, "vis"))
+        write_image(tmp_path / "again.png", fuse_arrays(model, vis, ir, "vis"))
         np.testing.assert_array_equal(fused, read_grey(tmp_path / "again.png"))
         assert fused.min() == 0 and fused.max() == 255  # normalised, as published
         wanted.append(score(fused, ir, vis))
@@ -96,7 +96,7 @@ def test_stale_files_in_the_output_folder_do_not_count(infrared, weights, tmp_pa
     folder = tmp_path / "out" / "CDDFuse_IVF" / "MINE"
     options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
     first = run(test_IVF, capsys, *options)[1]
-    write_grey(folder / "stale.png", np.zeros((43, 51)))
+    write_image(folder / "stale.png", np.zeros((43, 51)))
     assert run(test_IVF, capsys, *options)[1] == first
 
 
@@ -427,8 +427,8 @@ def test_legacy_rounding_truncates_and_says_so(infrared, weights, model, tmp_pat
 
 
 def test_colour_of_a_source_is_written_beside_the_grey_image(infrared, weights, tmp_path, capsys):
-    write_grey(infrared / "vi/c.png", read_grey(infrared / "vi/b.png"))  # a pair without colour
-    write_grey(infrared / "ir/c.png", read_grey(infrared / "ir/b.png"))
+    write_image(infrared / "vi/c.png", read_grey(infrared / "vi/b.png"))  # a pair without colour
+    write_image(infrared / "ir/c.png", read_grey(infrared / "ir/b.png"))
     options = ("--data", infrared, "--weights", weights, "--out", tmp_path / "out")
     plain = run(test_IVF, capsys, *options)[1]
     folder = tmp_path / "out/CDDFuse_IVF/MINE"

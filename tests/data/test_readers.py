@@ -273,7 +273,8 @@ def test_memory_that_was_allowed_counts_and_what_runs_out_costs_the_pair(tmp_pat
     base = ["--device", "cpu", "--vi", str(tmp_path / "S/vi"), "--ir", str(tmp_path / "S/ir")]
     assert fuse.main([*base, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("there is not enough memory; left out") == 3
-    assert fuse.main([*base[:2], "--vi", base[3] + "/a.png", "--ir", base[5] + "/a.png", "--out", str(tmp_path)]) == 2
+    one = ["--vi", f"{base[3]}/a.png", "--ir", f"{base[5]}/a.png", "--out", str(tmp_path / "f.png")]
+    assert fuse.main([*base[:2], *one]) == 2
     assert capsys.readouterr().err == "error: there is not enough memory\n"
 
 

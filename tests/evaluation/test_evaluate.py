@@ -20,7 +20,7 @@ import pytest
 import evaluate
 from tests.conftest import write_pair
 from utils.common import ROOT
-from utils.data.images import read_grey, write_grey
+from utils.data.images import read_grey, write_image
 from utils.data.manifests import list_hash, make_manifest, pair_hash
 from utils.data.pairs import list_pairs
 from utils.evaluation.tables import read_results
@@ -35,8 +35,8 @@ def scene(tmp_path):
     for seed, name in enumerate(NAMES):
         write_pair(tmp_path / "SMALL", ("vi", "ir"), f"{name}.png", seed, size=(43, 51))
         vis, ir = (read_grey(tmp_path / "SMALL" / modality / f"{name}.png") for modality in ("vi", "ir"))
-        write_grey(tmp_path / "Maximum" / f"{name}.bmp", np.maximum(vis, ir))
-        write_grey(tmp_path / "Mixture" / f"{name}.png", 0.3 * vis + 0.7 * ir)
+        write_image(tmp_path / "Maximum" / f"{name}.bmp", np.maximum(vis, ir))
+        write_image(tmp_path / "Mixture" / f"{name}.png", 0.3 * vis + 0.7 * ir)
     return tmp_path
 
 
@@ -163,9 +163,9 @@ def test_toolbox_is_another_name_and_is_said_to_be(scene, capsys):
 
 def test_missing_mismatched_and_damaged_images_are_named_and_the_rest_is_scored(scene, capsys):
     (scene / "Mixture" / "01.png").unlink()
-    write_grey(scene / "Mixture" / "02.png", np.zeros((50, 51)))
+    write_image(scene / "Mixture" / "02.png", np.zeros((50, 51)))
     (scene / "Maximum" / "b.x.bmp").write_bytes(b"")
-    write_grey(scene / "Maximum" / "03.bmp", np.zeros((43, 51)))
+    write_image(scene / "Maximum" / "03.bmp", np.zeros((43, 51)))
     code, found, err = run_json(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL")
     assert code == 2
     assert f"Mixture: no fused image in {scene / 'Mixture'} for 01; left out" in err
@@ -239,7 +239,7 @@ def test_wrong_options_get_one_line(scene, capsys, options, message):
 
 
 def test_a_folder_without_a_single_match_is_refused(scene, capsys):
-    write_grey(scene / "Other" / "z.png", np.zeros((43, 51)))
+    write_image(scene / "Other" / "z.png", np.zeros((43, 51)))
     code, _, err = run(capsys, "--fused", scene / "Other", "--data", scene / "SMALL")
     assert code == 2 and "share no image name" in err
 

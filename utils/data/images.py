@@ -35,53 +35,41 @@ def read_grey(path: Path | str, reading: Reading = PLAIN) -> np.ndarray:
         float32 (H, W) in [0, 255].
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: as `utils.data.readers.decode`.
+        FileNotFoundError, InputError: as `utils.data.readers.decode`.
     """
-    return grey_of_pixels(decode(Path(path), reading))
+    return grey_of(decode(Path(path), reading))
 
 
 def read_luma(path: Path | str, reading: Reading = PLAIN) -> np.ndarray:
-    """As `read_grey`, without the rounding: what the published training reads. float32 (H, W) in [0, 255]."""
-    return _luma(decode(Path(path), reading))
+    """As `read_grey`, without the rounding: what the published training reads."""
+    return luma_of(decode(Path(path), reading))
 
 
 def read_colour(path: Path | str, reading: Reading = PLAIN) -> np.ndarray:
-    """Colours of an image file, float32 (H, W, 3), red first, in [0, 255]; three equal channels for a grey file.
-
-    16-bit files are scaled and not rounded.
-
-    Raises:
-        FileNotFoundError, InputError: as `read_grey`.
-    """
-    return colour_of_pixels(decode(Path(path), reading))
-
-
-def grey_of_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Grey levels of what `decode` gives, by the rule of `read_grey`: float32 (H, W)."""
-    return np.round(_luma(pixels)) if pixels.dtype == np.uint8 else _luma(pixels)
-
-
-def colour_of_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Colours of what `decode` gives: float32 (H, W, 3), red first."""
-    bgr = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-    return bgr[..., ::-1].astype(np.float32)
+    """As `read_grey`, but colours (H, W, 3), red first; three equal channels for a grey file."""
+    return in_colour(decode(Path(path), reading)).astype(np.float32)
 
 
 def grey_of(image: np.ndarray) -> np.ndarray:
-    """Grey levels of an 8-bit image, by the rule of `read_grey`: (H, W), or (H, W, 3), red first -> float32 (H, W)."""
-    return image.astype(np.float32) if image.ndim == 2 else np.round(luma_of(image))
+    """Grey levels by the rule of `read_grey`: (H, W) or (H, W, 3), red first, in [0, 255] -> float32 (H, W).
+
+    Those of 8-bit images are rounded half to even.
+    """
+    return np.round(luma_of(image)) if image.dtype == np.uint8 else luma_of(image)
 
 
 def luma_of(image: np.ndarray) -> np.ndarray:
-    """What `read_luma` reads of colours: (..., H, W, 3), red first -> float32 (..., H, W), in the same range."""
-    bgr = image[..., ::-1].reshape(-1, image.shape[-2], 3)  # any number of images is one high one
-    return _luma(bgr).reshape(image.shape[:-1])
+    """As `grey_of`, not rounded; also (N, H, W, 3) -> (N, H, W)."""
+    if image.ndim == 2:
+        return image.astype(np.float32)
+    # Blue first: OpenCV adds the channels in their order, and float32 rounds another order differently.
+    bgr = np.ascontiguousarray(image[..., ::-1], np.float32).reshape(-1, image.shape[-2], 3)
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY).reshape(image.shape[:-1])
 
 
-def _luma(bgr: np.ndarray) -> np.ndarray:
-    floats = bgr.astype(np.float32)
-    return floats if bgr.ndim == 2 else cv2.cvtColor(floats, cv2.COLOR_BGR2GRAY)
+def in_colour(image: np.ndarray) -> np.ndarray:
+    """(H, W) as three equal channels; (H, W, 3) as it is."""
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
 def to_uint8(image: np.ndarray, truncate: bool = False) -> np.ndarray:
@@ -98,12 +86,8 @@ def to_uint8(image: np.ndarray, truncate: bool = False) -> np.ndarray:
     return np.clip(np.floor(image if truncate else image + 0.5), 0, 255).astype(np.uint8)
 
 
-def to_uint16(image: np.ndarray) -> np.ndarray:
-    """Levels in [0, 255] -> 0..65535, 257 a level, rounded half up and clipped: what `read_grey` undoes.
-
-    Raises:
-        InputError: a pixel is not finite.
-    """
+def _to_uint16(image: np.ndarray) -> np.ndarray:
+    """Levels in [0, 255] -> 0..65535, 257 a level: what `read_grey` undoes."""
     _check_finite(image)
     return np.clip(np.floor(image * np.float64(257) + 0.5), 0, 65535).astype(np.uint16)
 
@@ -123,29 +107,24 @@ def write_image(path: Path | str, image: np.ndarray, truncate: bool = False, bit
         bits: 8, or 16 for PNG and TIFF.
 
     Raises:
-        InputError: the array has another shape or holds NaN, the format is unknown or has no 16 bits, or the target is
+        InputError: the array has another shape or holds NaN, the format is unknown or cannot hold it, or the target is
             a source.
     """
     path = Path(path)
     if image.ndim != 2 and (image.ndim != 3 or image.shape[2] != 3):
         raise InputError(f"{path}: an image must be (H, W) or (H, W, 3), got {image.shape}")
     check_format(path, bits)
-    image = image[..., ::-1] if image.ndim == 3 else image
-    _write(path, to_uint16(image) if bits == 16 else to_uint8(image, truncate))
-
-
-def write_grey(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
-    """`write_image` for (H, W) alone."""
-    if image.ndim != 2:
-        raise InputError(f"{path}: a grey image must be (H, W), got {image.shape}")
-    write_image(path, image, truncate, bits)
-
-
-def write_colour(path: Path | str, image: np.ndarray, truncate: bool = False, bits: int = 8) -> None:
-    """`write_image` for (H, W, 3) alone."""
-    if image.ndim != 3:
-        raise InputError(f"{path}: a colour image must be (H, W, 3), got {image.shape}")
-    write_image(path, image, truncate, bits)
+    suffix = path.suffix.lower()
+    if suffix == ".pgm" and image.ndim == 3:
+        raise InputError(f"{path}: this format has no colours; use .ppm or .png")
+    if suffix == ".ppm":  # this one format has no grey images
+        image = in_colour(image)
+    pixels = _to_uint16(image) if bits == 16 else to_uint8(image, truncate)
+    done, encoded = cv2.imencode(suffix, pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise InputError(f"{path}: {image.shape[1]}x{image.shape[0]} pixels do not fit into this format; use .png")
+    with whole_file(path) as temporary:
+        encoded.tofile(temporary)
 
 
 def check_format(path: Path, bits: int = 8) -> None:
@@ -160,19 +139,6 @@ def check_format(path: Path, bits: int = 8) -> None:
         raise InputError(f"{path}: this format has black and white alone; use .pgm or .png")
     if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
         raise InputError(f"{path}: this format has no 16 bits; use one of {' '.join(sorted(DEEP_SUFFIXES))}")
-
-
-def _write(path: Path, pixels: np.ndarray) -> None:
-    suffix = path.suffix.lower()
-    if suffix == ".ppm" and pixels.ndim == 2:  # this one format has no grey images
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if suffix == ".pgm" and pixels.ndim == 3:
-        raise InputError(f"{path}: this format has no colours; use .ppm or .png")
-    done, encoded = cv2.imencode(suffix, pixels)
-    if not done:
-        raise InputError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels do not fit into this format; use .png")
-    with whole_file(path) as temporary:
-        encoded.tofile(temporary)
 
 
 def is_coloured(image: np.ndarray) -> bool:
@@ -214,7 +180,7 @@ def with_colour_of(grey: np.ndarray, *sources: np.ndarray) -> np.ndarray:
 def side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
     """Images of one height in a row, with gaps of white: uint8 (H, W), or (H, W, 3) where one of them has colour."""
     if any(image.ndim == 3 for image in images):
-        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
+        images = [in_colour(image) for image in images]
     gap = np.full((images[0].shape[0], _GAP, *images[0].shape[2:]), 255, np.uint8)
     return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
 

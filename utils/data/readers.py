@@ -70,7 +70,7 @@ PLAIN = Reading()
 
 
 class Values(NamedTuple):
-    """What a file holds: (H, W), or (H, W, 3) with blue first.
+    """What a file holds: (H, W), or (H, W, 3) with red first.
 
     Attributes:
         values: as they are in the file, with the slope of a medical file applied.
@@ -157,7 +157,7 @@ def values_in(path: Path, reading: Reading = PLAIN) -> np.ndarray:
 
 
 def decode(path: Path, reading: Reading = PLAIN) -> np.ndarray:
-    """The pixels of a file: uint8, or float32 levels in [0, 255] where it has more; (H, W), or (H, W, 3), blue first.
+    """The pixels of a file: uint8, or float32 levels in [0, 255] where it has more; (H, W), or (H, W, 3), red first.
 
     Raises:
         FileNotFoundError: no such file.
@@ -311,22 +311,24 @@ def _read_by_opencv(path: Path, reading: Reading) -> Values:
             _check_page(path, getattr(header, "n_frames", 1), reading, "frames")
             has_alpha = header.mode in ("RGBA", "LA", "PA") or "transparency" in header.info
             if header.format == "GIF" and not reading.alpha:
-                return Values(np.array(header.convert("RGB"))[..., ::-1], (0, 255))
+                return Values(np.array(header.convert("RGB")), (0, 255))
     except OSError:  # a header that Pillow does not know
         pass
     data = path.read_bytes()  # not cv2.imread: it cannot open every unicode path
     encoded = np.frombuffer(data, np.uint8)
-    image = _imdecode(path, encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    image = _imdecode(path, encoded)
     if _is_cut(data):
         raise InputError(f"{path} is cut off: its end is missing; replace it, or remove it")
     if has_alpha or reading.alpha:
-        with_alpha = _imdecode(path, encoded, cv2.IMREAD_UNCHANGED)
+        with_alpha = _imdecode(path, encoded, alpha=True)
         four = with_alpha.ndim == 3 and with_alpha.shape[2] == 4
         image = _without_alpha(path, image, with_alpha[..., 3:] if four else None, reading)
     return Values(image, _full_range(image.dtype))
 
 
-def _imdecode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
+def _imdecode(path: Path, encoded: np.ndarray, alpha: bool = False) -> np.ndarray:
+    """(H, W, 3), red first; with `alpha` whatever channels the file has, an alpha channel as the fourth."""
+    flags = cv2.IMREAD_UNCHANGED if alpha else cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
     try:
         image = cv2.imdecode(encoded, flags)
     except cv2.error:  # an empty buffer, or a header that promises more pixels than OpenCV allows
@@ -336,7 +338,7 @@ def _imdecode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
             f"{path} is not an image of 8 or 16 bits that OpenCV can read ({encoded.size} bytes); "
             "replace it, convert it, or remove it"
         )
-    return image
+    return image if alpha else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _is_cut(data: bytes) -> bool:
@@ -387,7 +389,7 @@ def _read_tiff(path: Path, reading: Reading) -> Values:
             simple &= page.index == 0 and samples <= 3 and page.sampleformat == 1
             if not simple or "failed to read" in str(error):
                 raise InputError(f"{path} is a TIFF file that cannot be read ({error}); convert it") from error
-            image = _imdecode(path, np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+            image = _imdecode(path, np.fromfile(path, np.uint8))
             return Values(image, _full_range(image.dtype))
     if samples > 1 and page.planarconfig == 2:
         values = np.moveaxis(values, 0, -1)
@@ -396,7 +398,7 @@ def _read_tiff(path: Path, reading: Reading) -> Values:
     if values.ndim != 3 or values.shape[2] < colours or values.dtype.kind not in "uif":
         raise InputError(f"{path} is a TIFF file of shape {values.shape} and type {values.dtype}, not one image")
     alpha = values[..., colours:] if values.shape[2] > colours else None
-    values = _without_alpha(path, values[..., 2::-1] if colours == 3 else values[..., 0], alpha, reading)
+    values = _without_alpha(path, values[..., :3] if colours == 3 else values[..., 0], alpha, reading)
     return Values(values, _full_range(values.dtype, bits), inverted=kind == 0)
 
 
@@ -424,7 +426,7 @@ def _read_dicom(path: Path, reading: Reading) -> Values:
     if kind == "PALETTE COLOR":
         values = apply_color_lut(values, data)
     if values.ndim == 3:
-        return Values(values[..., ::-1], _full_range(values.dtype))
+        return Values(values, _full_range(values.dtype))
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise InputError(f"{path} has the photometric interpretation {kind}, which is not known here; convert it")
     ends = np.array(_full_range(values.dtype, int(data.BitsStored)), values.dtype)

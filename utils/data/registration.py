@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 
 from utils.common import InputError
+from utils.data.sources import Source
 
 TOLERANCE = 2.0  # pixels
 FARTHEST = 16  # pixels; edges farther apart are not looked for
@@ -97,6 +99,32 @@ def _edges(image: np.ndarray) -> np.ndarray:
         return np.zeros_like(magnitude)
     edges = np.sqrt(magnitude)
     return edges - edges.mean()
+
+
+def register(
+    vis: Source, ir: Source, *, resize_ir: bool = False, homography: np.ndarray | None = None, advice: str = ""
+) -> Source:
+    """The infrared source on the pixels of the visible one: as it is, resized, or by a homography.
+
+    Raises:
+        InputError: the sizes differ and neither was asked for, which ends in the advice; or the homography leads out
+            of the image.
+    """
+    if homography is not None:
+        if not coverage(ir.size, homography, vis.size):
+            raise InputError(
+                f"--homography takes no pixel of {ir.name} into {vis.name}; it must map infrared to visible "
+                "pixels (x, y): is it the inverse?"
+            )
+        move = partial(warp, homography=homography, size=vis.size)
+    elif vis.size == ir.size:
+        return ir
+    elif resize_ir:
+        move = partial(resize, size=vis.size)
+    else:
+        sizes = [f"{width}x{height}" for height, width in (vis.size, ir.size)]
+        raise InputError(f"{vis.name} is {sizes[0]} but {ir.name} is {sizes[1]} (width x height); {advice}")
+    return Source(ir.name, move(ir.grey), None if ir.colour is None else move(ir.colour))
 
 
 def read_homography(path: Path | str) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from utils.common import InputError, check_target, check_writable, remember_source
-from utils.data.images import to_uint8, write_image
+from utils.data.images import in_colour, to_uint8, write_image
 from utils.data.pairs import PairList, natural
 from utils.data.readers import DEEP_FRAMES, PLAIN, Reading, auto_range
 from utils.data.sources import Source, frame_source, read_sources
@@ -74,12 +74,13 @@ class _Frames:
         self.read, self.last = 0, None
 
     def at(self, number: int) -> np.ndarray | None:
-        """Reads on to a frame, counted from 0: uint8 (H, W, 3), blue first, or uint16 (H, W); None past the end."""
+        """Reads on to a frame, counted from 0: uint8 (H, W, 3), red first, or uint16 (H, W); None past the end."""
         while self.read <= number:
             there, frame = self._capture.read()
             if not there:
                 return None
-            self.read, self.last = self.read + 1, frame
+            self.read += 1
+            self.last = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) if frame.ndim == 3 else frame
         return self.last
 
 
@@ -208,12 +209,11 @@ class VideoFile:
         Raises:
             InputError: another size than before, or this OpenCV cannot write the format.
         """
-        pixels = to_uint8(image)
-        bgr = np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels[..., ::-1]
         # OpenCV would cut off the last row or column of an odd size without a word.
-        height, width = bgr.shape[:2]
+        height, width = image.shape[:2]
         self.padded = bool(height % 2 or width % 2)
-        bgr = np.ascontiguousarray(np.pad(bgr, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+        padded = np.pad(in_colour(to_uint8(image)), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        bgr = cv2.cvtColor(padded, cv2.COLOR_RGB2BGR)
         if self._writer is None:
             self._writer = self._start(bgr.shape[1], bgr.shape[0])
         elif self._last is not None and bgr.shape != self._last.shape:  # which OpenCV would leave out without a word

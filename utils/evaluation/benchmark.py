@@ -35,7 +35,7 @@ from utils.common import (
     remember_source,
 )
 from utils.data.degradation import degrade_pair
-from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_colour, write_image
+from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_image
 from utils.data.manifests import SHOWN, list_hash, pair_hash
 from utils.data.pairs import Benchmark, Pair, TestSet, add_pair_option, find_sets
 from utils.data.readers import add_reading_options
@@ -302,7 +302,7 @@ def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
     images = read_colour(pair.vis, pair.vis_reading), read_colour(pair.ir, pair.ir_reading)
     sources = [image for image in images if is_coloured(image)]
     if sources:
-        write_colour(path, with_colour_of(fused, *sources))
+        write_image(path, with_colour_of(fused, *sources))
 
 
 def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Given:

@@ -1,4 +1,4 @@
-"""Two grey arrays -> one fused array: weights, device, memory, conversion between the two ranges, and normalisation."""
+"""Two images -> one fused image: weights, device, memory, conversion between the two ranges, normalisation, colour."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.common import InputError, file_sha256, in_checkout
+from utils.data.images import with_colour_of
+from utils.data.sources import Source
 from utils.inference.memory import (
     CPU_TILE_PIXELS,
     BoundedMemory,
@@ -31,6 +33,7 @@ from utils.tiles import Memory, Tiles
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PUBLISHED = "published"  # for --weights; and the folder in this checkout that the published repository is cloned into
+COLOURS = ("both", "vis", "ir", "none")  # whose colours a fused image has
 PUBLISHED_REPOSITORY = "https://github.com/Zhaozixiang1228/MMIF-CDDFuse"
 
 SKIP_HELP = (
@@ -215,6 +218,28 @@ def fuse_arrays(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"out of memory on {device}; trying again with {format_size(free)}", file=sys.stderr)
+
+
+def fuse_sources(model: Any, vis: Source, ir: Source, skip: str, colour: str = "both", **how: Any) -> np.ndarray:
+    """Fuses the grey levels of two sources of one size, and gives the result the colours of those that have some.
+
+    A system that takes colour is given that of the visible source and sees to it itself.
+
+    Args:
+        model, skip, how: as of `fuse_arrays`.
+        colour: which sources may give theirs: "both", "vis", "ir", or "none" for a grey result.
+
+    Returns:
+        float32 in [0, 255]: (H, W, 3), red first, or (H, W) where no source that may has colour.
+    """
+    asked = {"both": (vis, ir), "vis": (vis,), "ir": (ir,), "none": ()}[colour]
+    colours = [source.colour for source in asked if source.colour is not None]
+    takes_colour = model.takes_colour and colour in ("both", "vis") and vis.colour is not None
+    fused = fuse_arrays(model, vis.colour if takes_colour else vis.grey, ir.grey, skip, **how)
+    if fused.ndim == 2 and colours:
+        fused = with_colour_of(fused, *colours)
+    # Clipped here, not where files are written: a panel and a video show the same colours as an image file.
+    return np.clip(fused, 0, 255)
 
 
 def memory_to_take(device: torch.device, max_memory: int | None) -> int:
