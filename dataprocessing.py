@@ -12,9 +12,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
 from utils.data.degradation import INFRARED, VISIBLE, to_levels
@@ -23,6 +23,7 @@ from utils.data.pairs import Pair, add_pair_option, find_modalities, list_pairs,
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
+from utils.evaluation.benchmark import left_out
 from utils.inference.memory import parse_size
 from utils.metrics import SMALLEST_SCORED
 
@@ -80,30 +81,24 @@ def prepare(args: argparse.Namespace) -> int:
         raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
     lists = [read_as(list_pairs(*both, args.pair_by), args, args.max_memory) for both in folders]
+    pairs = [pair for found in lists for pair in found.pairs]
     if args.degrade is not None:
-        return show_degraded(args, [pair for found in lists for pair in found.pairs])
+        return show_degraded(args, pairs)
     out = args.out or default_out(folders, args.patch_size, args.stride)
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file whose name ends in .h5")
     check_writable(out.parent)
-
-    pairs: list[Pair] = []
-    validation: set[Pair] = set()
     for (vis_folder, _), found in zip(folders, lists, strict=True):
         found.check_usable()
-        pairs += found.pairs
-        validation |= set(in_blocks(found.pairs, args.holdout) if args.holdout else [])
         if found.unmatched():
             print(f"warning: {vis_folder.parent}: {found.unmatched()}; left out", file=sys.stderr)
+    validation = {pair for found in lists if args.holdout for pair in in_blocks(found.pairs, args.holdout)}
     if args.holdout and not validation:
         print(
             f"warning: --holdout {args.holdout} holds out none of {len(pairs)} pairs, so train.py cannot validate; "
             "choose a smaller number",
             file=sys.stderr,
         )
-    still_to_keep = set(validation)  # each once, where a folder is named twice to have its patches twice
-    kept = dropped = 0
-    bad: list[str] = []
     about = {
         "sources": ", ".join(f"{vis} + {ir}" for vis, ir in folders),
         "patch_size": args.patch_size,
@@ -113,19 +108,27 @@ def prepare(args: argparse.Namespace) -> int:
         "ir_range": "; ".join(dict.fromkeys(str(pair.ir_reading.range or "as stored") for pair in pairs)),
         "low_contrast_filter": "legacy" if args.legacy_filter else "published, black dropped",
     }
+    return write_patches(args, out, about, pairs, validation)
+
+
+def write_patches(
+    args: argparse.Namespace, out: Path, about: dict[str, Any], pairs: list[Pair], validation: set[Pair]
+) -> int:
+    """Writes the patch file; a pair that cannot be used is named and left out, and then it returns 2."""
+    still_to_keep = set(validation)  # each once, where a folder is named twice to have its patches twice
+    kept = dropped = bad = 0
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
         for pair in progress(pairs, "images", "pair"):
             try:
+                if pair in still_to_keep:
+                    still_to_keep.remove(pair)
+                    writer.add_validation(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                 if pair in validation:
-                    if pair in still_to_keep:
-                        still_to_keep.remove(pair)
-                        writer.add_validation(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
                     continue
                 patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
             except BAD_PAIR as error:
-                bad.append(pair.name)
-                reason = str(error) or f"{pair.name}: there is not enough memory"
-                tqdm.write(f"warning: {reason}; left out", file=sys.stderr)
+                bad += 1
+                left_out(pair.name, error, args)
                 continue
             grey = (luma_of(patches[0]) if args.colour else patches[0], patches[1])
             good = [not any(is_low_contrast(p, args.legacy_filter) for p in both) for both in zip(*grey, strict=True)]
@@ -139,12 +142,12 @@ def prepare(args: argparse.Namespace) -> int:
                     "nearly constant sources are named above; --ir-range auto or --vi-range auto spreads their values"
                 )
             raise InputError(
-                f"not one patch was kept of {len(pairs)} pairs ({dropped} of low contrast, {len(bad)} pairs left out); "
+                f"not one patch was kept of {len(pairs)} pairs ({dropped} of low contrast, {bad} pairs left out); "
                 f"{advice}. {out} was not written"
             )
     print(
         f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, "
-        f"{len(validation)} held out, {len(bad)} left out"
+        f"{len(validation)} held out, {bad} left out"
     )
     return EXIT_BAD_INPUT if bad else 0
 
@@ -177,7 +180,7 @@ def show_degraded(args: argparse.Namespace, pairs: list[Pair], most: int = 4, si
         try:
             both = [image / np.float32(255) for image in middle_of(*pair.read(read_colour, read_luma), side)]
         except BAD_PAIR as error:
-            print(f"warning: {error}; left out", file=sys.stderr)
+            left_out(pair.name, error, args)
             continue
         shown = [[image, *(draw.apply(image) for name, draw in draws if name == role)]
                  for role, image in zip(ranges, both, strict=True)]  # fmt: skip

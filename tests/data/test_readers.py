@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -242,7 +243,8 @@ def test_scripts_leave_out_what_does_not_fit_and_take_a_range(tmp_path, capsys, 
     assert "uint16" not in said  # the range was given
     if script == "dataprocessing":
         data = PatchDataset(tmp_path / "p.h5")
-        assert data.about["ir_range"] == "(7000.0, 7255.0)" and data.about["vi_range"] == "as stored"
+        with h5py.File(tmp_path / "p.h5") as file:
+            assert file.attrs["ir_range"] == "(7000.0, 7255.0)" and file.attrs["vi_range"] == "as stored"
         counts = cv2.imread(str(tmp_path / "S/ir/a.png"), cv2.IMREAD_UNCHANGED)[:32, :32]
         np.testing.assert_array_equal(data.ir[0], counts - 7000)
     else:

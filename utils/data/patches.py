@@ -1,4 +1,4 @@
-"""The patch file: aligned training patches in HDF5, written whole or not at all, read as a Dataset.
+"""The patch file: aligned training patches in HDF5, written whole or not at all, read as shuffled batches.
 
 Two layouts are read:
 
@@ -26,7 +26,6 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from utils.common import InputError, whole_file
 from utils.data.images import grey_of
@@ -41,14 +40,13 @@ _MOST_COMPRESSED = 1040  # bytes that deflate, our compression, can make of one
 
 
 class Batch(NamedTuple):
-    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps where the patch file has them.
+    """Training patches, (B, 1, H, W) in [0, 1] each; saliency maps of the infrared ones where the patch file has them.
 
     Visible ones are (B, 3, H, W) where the system takes colour and the file has some.
     """
 
     vis: Tensor
     ir: Tensor
-    vis_saliency: Tensor | None = None
     ir_saliency: Tensor | None = None
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -56,7 +54,7 @@ class Batch(NamedTuple):
         return Batch(*(None if image is None else function(image) for image in self))
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; the host does not wait for a copy to a GPU."""
+        """The same on a device."""
         return self.each(lambda image: _to_device(image, device))
 
 
@@ -102,26 +100,23 @@ class PatchWriter:
         self, path: Path | str, size: int, layout: str = "compact", about: dict | None = None,
         *, saliency: bool = False, colour: bool = False,
     ) -> None:  # fmt: skip
-        if layout not in LAYOUTS:
-            raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if (saliency or colour) and layout != "compact":
             what = "saliency maps are" if saliency else "colour is"
             raise InputError(f"{what} stored in the layout compact, not in {layout!r}")
-        self.names = ("vis", "ir", _SALIENCY) if saliency else ("vis", "ir")
-        self.path, self.size, self.layout, self.about, self.colour = Path(path), size, layout, about or {}, colour
-        self.count = 0
+        self.path, self.about, self.is_compact, self.count = Path(path), about or {}, layout == "compact", 0
+        self.shapes = {"vis": (size, size, 3) if colour else (size, size), "ir": (size, size)}
+        self.shapes |= {_SALIENCY: (size, size)} if saliency else {}
 
     def __enter__(self) -> PatchWriter:
         self._stack = contextlib.ExitStack()
         self._file = self._stack.enter_context(h5py.File(self._stack.enter_context(whole_file(self.path)), "w"))
-        for name in self.names:
-            if self.layout == "published":
-                self._file.create_group(_GROUPS[name])
-            else:
-                shape = (self.size, self.size, 3) if name == "vis" and self.colour else (self.size, self.size)
+        for name, shape in self.shapes.items():
+            if self.is_compact:
                 self._file.create_dataset(
                     name, (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
                 )
+            else:
+                self._file.create_group(_GROUPS[name])
         for name, value in self.about.items():
             self._file.attrs[name] = _as_utf8(value) if isinstance(value, str) else value
         return self
@@ -133,14 +128,14 @@ class PatchWriter:
             arrays: visible, (N, size, size, 3) where the file has colour; infrared; where the file has saliency
                 maps, those of the infrared.
         """
-        for name, patches in zip(self.names, arrays, strict=True):
-            if self.layout == "published":
+        for name, patches in zip(self.shapes, arrays, strict=True):
+            if self.is_compact:
+                self._file[name].resize(self.count + len(patches), axis=0)
+                self._file[name][self.count :] = np.round(patches).astype(np.uint8)
+            else:
                 for number, patch in enumerate(patches, start=self.count):
                     unit = (patch / np.float32(255)).astype(np.float32)
                     self._file[_GROUPS[name]].create_dataset(str(number), data=unit[None])
-            else:
-                self._file[name].resize(self.count + len(patches), axis=0)
-                self._file[name][self.count :] = np.round(patches).astype(np.uint8)
         self.count += len(arrays[0])
 
     def add_validation(self, name: str, vis: np.ndarray, ir: np.ndarray) -> None:
@@ -161,20 +156,17 @@ def _as_utf8(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-class PatchDataset(Dataset):
-    """Patches of a file in either layout: `dataset[i]` is (vis, ir), float32 (1, H, W) in [0, 1] each.
-
-    All patches are held in memory in the type of the file (MSRS in the compact layout: about 0.2 GB).
+class PatchDataset:
+    """Patches of a file in either layout, all in memory in the type of the file (MSRS, compact: about 0.2 GB).
 
     Args:
         path: the file.
-        colour: take visible patches as they are, (3, H, W) where they have colour; otherwise their grey levels.
+        colour: take visible patches as they are, in colour where they have some; otherwise their grey levels.
 
     Attributes:
         vis, ir: the patches as stored, (N, H, W), or (N, H, W, 3).
         ir_saliency: saliency maps of the infrared ones, the same; None where the file has none.
         validation: the pairs that were kept for validation.
-        about: what the file says of itself.
 
     Raises:
         FileNotFoundError: no such file.
@@ -192,7 +184,6 @@ class PatchDataset(Dataset):
             with h5py.File(path, "r") as file:
                 vis, ir = (_read_patches(file, name) for name in ("vis", "ir"))
                 saliency = _read(file, _SALIENCY) if _SALIENCY in file else None
-                self.about = {key: _plain(value) for key, value in file.attrs.items()}
                 pairs = file.get(_VALIDATION, {})
                 self.validation = [_read_validation(pairs, key, colour) for key in sorted(pairs)]
             _check(vis, ir, saliency)
@@ -208,10 +199,6 @@ class PatchDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.vis)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        vis, ir = (to_unit(patches[index : index + 1])[0] for patches in (self.vis, self.ir))
-        return vis, ir
 
     @functools.cached_property
     def hash(self) -> str:
@@ -230,11 +217,10 @@ class PatchDataset(Dataset):
 
         Elsewhere they stay where they are; batches are then cut on the CPU while the GPU computes.
         """
-        arrays = {name: array for name in ("vis", "ir", _SALIENCY) if (array := getattr(self, name)) is not None}
-        size = sum(array.nbytes for array in arrays.values())
+        stored = Batch(self.vis, self.ir, self.ir_saliency)
+        size = sum(array.nbytes for array in stored if array is not None)
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
-            for name, array in arrays.items():
-                setattr(self, name, array.to(device))
+            self.vis, self.ir, self.ir_saliency = stored.each(lambda patches: patches.to(device))
 
     @property
     def size(self) -> int:
@@ -294,8 +280,8 @@ def random_batches(
             y, x = (np.where(turn[take, None, None], axis.swapaxes(1, 2), axis) for axis in (y, x))
         n, y, x = (torch.from_numpy(np.ascontiguousarray(axis)) for axis in (order[take, None, None], y, x))
         where = tuple(_to_device(axis, dataset.vis.device) for axis in (n, y, x))
-        sources = Batch(dataset.vis, dataset.ir, ir_saliency=dataset.ir_saliency)
-        yield sources.each(lambda source, where=where: to_unit(source[where]))
+        stored = Batch(dataset.vis, dataset.ir, dataset.ir_saliency)
+        yield stored.each(lambda patches, where=where: to_unit(patches[where]))
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -352,7 +338,3 @@ def _check(vis: np.ndarray, ir: np.ndarray, saliency: np.ndarray | None) -> None
         raise ValueError(f"patches of {vis.dtype} are outside [0, 1]")
     if saliency is not None and (saliency.shape != ir.shape or saliency.dtype != np.uint8):
         raise ValueError(f"saliency maps are {saliency.dtype} {saliency.shape} for infrared patches {ir.shape}")
-
-
-def _plain(value: object) -> object:
-    return value.item() if isinstance(value, np.generic) else value
