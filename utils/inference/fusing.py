@@ -204,8 +204,7 @@ def fuse_arrays(
     free = memory_to_take(device, max_memory)
     while True:
         plan = plan_for(model, ir.shape, free, precision, limited=bool(max_memory))
-        host_room = memory_left() // 2 if device.type != "cpu" else 0
-        memory = BoundedMemory(plan.map_room, device, scratch, host_room)
+        memory = BoundedMemory(plan.map_room, device, scratch)
         try:
             return run_plan(model, vis, ir, skip, plan, memory, normalise=normalise, precision=precision)
         except torch.OutOfMemoryError as error:
@@ -269,7 +268,7 @@ def plan_for(model: Any, shape: tuple[int, ...], free: int, precision: str, *, l
         )
     if limited and not needed:
         note_once(f"{model.label} works on whole images, so --max-memory does not bound it")
-    return Plan(0, 0, needed)
+    return Plan(0, 0)
 
 
 @torch.inference_mode()

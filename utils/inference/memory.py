@@ -25,16 +25,14 @@ from torch import Tensor
 from utils.common import InputError, free_memory, resident_memory
 from utils.tiles import Memory
 
-# Pieces of so many pixels are fastest: on a CPU because a tile stays in the cache, on a GPU because few are needed.
+# Tiles of so many pixels are fastest: on a CPU because a tile stays in the cache, on a GPU because few are needed.
 CPU_TILE_PIXELS = 16384
 CUDA_TILE_PIXELS = 2**20
 SMALLEST_TILE = 256
 WORTH_MAPS = 8  # tiles are made smaller by up to this factor, so that maps fit into memory
 
 LIBRARY_BYTES = 64 * 10**6  # what torch and its libraries take at their first call, and as much again
-IMAGE_BYTES = (
-    48  # a pixel: both sources as arrays and as tensors, what the decoder adds, the result and its normalisation
-)
+IMAGE_BYTES = 48  # a pixel: sources as arrays and as tensors, what the decoder adds, the result and its normalisation
 TILE_BYTES = 6000  # a pixel of a tile and of its halo, both modalities: the maps within one block
 # A pixel of a row of tiles: two copies of both modalities, and the pages of the scratch file below them.
 BAND_BYTES = 4 * 2 * 64 * 4
@@ -65,7 +63,7 @@ def format_size(size: float) -> str:
 
 
 def memory_left() -> int:
-    """As `utils.free_memory`; a guess that suits any machine where the system does not say."""
+    """As `free_memory`; a guess that suits any machine where the system does not say."""
     free = free_memory()
     return 4 * 10**9 if free is None else free
 
@@ -77,12 +75,10 @@ class Plan:
     Attributes:
         pixels: of a tile, over all images of a batch.
         map_room: bytes of memory for feature maps; those that do not fit go to the scratch file.
-        working: bytes that images, tiles and rows of tiles take besides.
     """
 
     pixels: int
     map_room: int
-    working: int
 
 
 def plan_memory(
@@ -112,7 +108,7 @@ def plan_memory(
     for needed, smallest in ((maps, most_pixels // WORTH_MAPS), (0, 0)):
         for pixels, taken in zip(sizes, working, strict=True):
             if pixels >= smallest and taken + needed <= free:
-                return Plan(pixels, free - taken, taken)
+                return Plan(pixels, free - taken)
     raise InputError(
         f"{width}x{height} pixels need {format_size(working[-1])} beyond the {format_size(resident_memory())} that "
         f"is taken, and {format_size(max(free, 0))} are left; give --max-memory more, or reduce the images"
@@ -129,30 +125,45 @@ def tile_memory(height: int, width: int, pixels: int) -> int:
 
 
 class BoundedMemory(Memory):
-    """Feature maps in memory while there is room, then in temporary files.
-
-    On a CUDA device maps that do not fit there are kept in the machine's memory, and then in files.
+    """Feature maps in the memory of the device while there is room, then in temporary files.
 
     Args:
         room: bytes for maps on the device.
         device: where tiles are worked on.
         scratch: folder of the files; None: the system's folder for temporary files.
-        host_room: bytes for maps in the machine's memory, where the device has its own.
+
+    Attributes:
+        taken, most: bytes of maps on the device, now and at most.
+        in_files: bytes of all maps that were put into files.
     """
 
-    def __init__(
-        self, room: int, device: torch.device | str = "cpu", scratch: Path | None = None, host_room: int = 0
-    ) -> None:
-        self.device = torch.device(device)
-        self.room = {"device": room, "host": host_room, "scratch": 0}
+    def __init__(self, room: int, device: torch.device | str = "cpu", scratch: Path | None = None) -> None:
+        self.room, self.device = room, torch.device(device)
         self.scratch = Path(scratch or tempfile.gettempdir())
-        self.most = dict.fromkeys(self.room, 0)  # bytes that lay there at one time
-        self._taken = dict.fromkeys(self.room, 0)
+        self.taken = self.most = self.in_files = 0
         self._before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         self._mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def new_map(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        return self._place(shape, like.dtype, ("device", "host", "scratch"))
+        batch, channels, height, width = shape
+        size = math.prod(shape) * like.dtype.itemsize
+        if self.device.type == "cuda":
+            self.taken = torch.cuda.memory_allocated(self.device) - self._before
+        fits = self.taken + size <= self.room
+        if fits and self.device.type != "cpu":
+            x = torch.empty((batch, height, width, channels), dtype=like.dtype, device=self.device)
+        else:
+            # The array, unlike a tensor's Python object, lives exactly as long as the memory.
+            array = np.empty(size, np.uint8) if fits else self._in_file(size)
+            if fits:
+                self._count(size)
+                weakref.finalize(array, self._count, -size)
+            x = torch.from_numpy(array).view(like.dtype).view(batch, height, width, channels)
+        return x.permute(0, 3, 1, 2)
+
+    def _count(self, size: int) -> None:
+        self.taken += size
+        self.most = max(self.most, self.taken)
 
     def fetch(self, tile: Tensor) -> Tensor:
         return tile.to(self.device, non_blocking=True)
@@ -161,33 +172,6 @@ class BoundedMemory(Memory):
         # Pages that were read or written stay in the process until they are let go; the file keeps them.
         for mapped in self._mapped:
             mapped.madvise(mmap.MADV_DONTNEED)
-
-    def _place(self, shape: Sequence[int], dtype: torch.dtype, places: Sequence[str]) -> Tensor | None:
-        batch, channels, height, width = shape
-        size = math.prod(shape) * dtype.itemsize
-        for place in places:
-            if place == "device" and self.device.type == "cuda":
-                self._taken[place] = torch.cuda.memory_allocated(self.device) - self._before
-            if place != "scratch" and self._taken[place] + size > self.room[place]:
-                continue
-            if place == "device" and self.device.type != "cpu":
-                x = torch.empty((batch, height, width, channels), dtype=dtype, device=self.device)
-            else:
-                # The array, unlike a tensor's Python object, lives exactly as long as the memory.
-                array = np.empty(size, np.uint8) if place != "scratch" else self._in_file(size)
-                self._count(place, size, array)
-                x = torch.from_numpy(array).view(dtype).view(batch, height, width, channels)
-            return x.permute(0, 3, 1, 2)
-        return None
-
-    def _count(self, place: str, size: int, owner: object) -> None:
-        self._taken[place] += size
-        self.most[place] = max(self.most[place], self._taken[place])
-
-        def free() -> None:
-            self._taken[place] -= size
-
-        weakref.finalize(owner, free)
 
     def _in_file(self, size: int) -> np.ndarray:
         """Zeroed bytes in a file without a name, which the system removes however the process ends.
@@ -206,6 +190,7 @@ class BoundedMemory(Memory):
                 f"feature maps need a scratch file of {format_size(size)} in {self.scratch}, where {format_size(room)} "
                 f"are free ({error.strerror}); name another folder with --scratch, or give --max-memory more"
             ) from error
+        self.in_files += size
         if hasattr(mapped, "madvise"):
             self._mapped.add(mapped)
         return np.frombuffer(mapped, np.uint8)
