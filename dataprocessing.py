@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
-from utils.data.degradation import INFRARED, VISIBLE, to_levels
+from utils.data.degradation import INFRARED, VISIBLE, to_8_bits
 from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_image
 from utils.data.pairs import Pair, add_pair_option, find_modalities, list_pairs, read_as, refuse_one_source, set_name
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
@@ -184,7 +184,7 @@ def show_degraded(args: argparse.Namespace, pairs: list[Pair], most: int = 4, si
             continue
         shown = [[image, *(draw.apply(image) for name, draw in draws if name == role)]
                  for role, image in zip(ranges, both, strict=True)]  # fmt: skip
-        rows.append(side_by_side([to_levels(image) for images in shown for image in images]))
+        rows.append(side_by_side([to_8_bits(image) for images in shown for image in images]))
         for name, draw in draws:
             print(f"{pair.name} {name}: {draw}")
     if not rows:

@@ -25,7 +25,7 @@ from utils.data.degradation import (
     degrade_pair,
     gaussian_kernel,
     jpeg,
-    to_levels,
+    to_8_bits,
     unsharp_mask,
 )
 
@@ -65,8 +65,8 @@ def test_brightness_and_contrast_equal_pillow(function, colour):
     image = image if colour else image[..., 0]
     enhancer = ImageEnhance.Brightness if function is adjust_brightness else ImageEnhance.Contrast
     for factor in (0.5, 0.61803, 0.73, 0.9, 1.0, 1.27, 1.5):
-        wanted = np.asarray(enhancer(Image.fromarray(to_levels(image))).enhance(factor))
-        np.testing.assert_array_equal(to_levels(function(image, factor)), wanted)
+        wanted = np.asarray(enhancer(Image.fromarray(to_8_bits(image))).enhance(factor))
+        np.testing.assert_array_equal(to_8_bits(function(image, factor)), wanted)
 
 
 def test_blur_equals_scipy_with_a_mirrored_border():
@@ -95,8 +95,8 @@ def test_kernel_has_the_covariance_asked_for(angle):
 
 def test_jpeg_is_that_of_opencv_with_red_first():
     image = colour_image()
-    wanted = cv2.imdecode(cv2.imencode(".jpg", to_levels(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 40])[1], 1)
-    np.testing.assert_array_equal(to_levels(jpeg(image, 40)), wanted[..., ::-1])
+    wanted = cv2.imdecode(cv2.imencode(".jpg", to_8_bits(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 40])[1], 1)
+    np.testing.assert_array_equal(to_8_bits(jpeg(image, 40)), wanted[..., ::-1])
     assert np.abs(jpeg(image, 90) - image).mean() < np.abs(jpeg(image, 30) - image).mean()
     assert jpeg(image[..., 0], 40).shape == image.shape[:2]
 

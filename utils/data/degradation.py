@@ -80,8 +80,7 @@ class Ranges:
         for item in dataclasses.fields(self):
             name, value = item.name, getattr(self, item.name)
             if not isinstance(item.default, tuple):
-                if not 0 <= value <= 1:
-                    problems.append(f"{name} {value} must be in [0, 1]")
+                problems += [] if 0 <= value <= 1 else [f"{name} {value} must be in [0, 1]"]
                 continue
             whole = isinstance(item.default[0], int)
             highest = 100 if "quality" in name else _LARGEST_WHOLE if whole else np.finfo(float).max
@@ -100,23 +99,20 @@ class Ranges:
         Raises:
             InputError: an unknown name, or not a number; the known names are given.
         """
-        kinds = {item.name: item.default for item in dataclasses.fields(self)}
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
         changes = {}
         for part in text.split():
             name, _, value = part.partition("=")
             try:
-                default = kinds[name]
                 numbers = tuple(float(number) for number in value.split(":"))
+                if isinstance(defaults[name], tuple):
+                    changes[name] = numbers * 2 if len(numbers) == 1 else numbers
+                else:
+                    [changes[name]] = map(type(defaults[name]), numbers)
             except (KeyError, ValueError) as error:
                 raise InputError(
-                    f"degradation {part!r} must be name=low:high or name=value, with a name of {', '.join(kinds)}"
+                    f"degradation {part!r} must be name=low:high or name=value, with a name of {', '.join(defaults)}"
                 ) from error
-            if isinstance(default, tuple):
-                low, high = numbers[0], numbers[-1]
-                whole = isinstance(default[0], int) and low.is_integer() and high.is_integer()
-                changes[name] = (int(low), int(high)) if whole else (low, high)
-            else:
-                changes[name] = bool(numbers[0]) if isinstance(default, bool) else numbers[0]
         return dataclasses.replace(self, **changes)
 
     def draw(self, rng: np.random.Generator) -> Degradation:
@@ -146,7 +142,7 @@ class Ranges:
             brightness=brightness if changes else 1.0,
             contrast=contrast,
             noise=noise,
-            noise_level=self.noise_level[1] if self.legacy and noise == "correlated" else level,
+            noise_level=int(self.noise_level[1]) if self.legacy and noise == "correlated" else level,
             noise_seed=int(rng.integers(2**63)),
             noise_first=bool(noise_first < self.noise_first_probability),
             kernel_size=2 * radius + 1,
@@ -252,7 +248,7 @@ def check_image(image: np.ndarray) -> np.ndarray:
     return np.clip(np.ascontiguousarray(image, dtype=np.float32), 0, 1)
 
 
-def to_levels(image: np.ndarray) -> np.ndarray:
+def to_8_bits(image: np.ndarray) -> np.ndarray:
     """[0, 1] -> grey levels, rounded half to even and clipped to 0..255, uint8."""
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
@@ -264,7 +260,7 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends 8-bit levels with the rounded mean of the grey image."""
-    levels = to_levels(image)
+    levels = to_8_bits(image)
     if levels.ndim == 3:
         # The weights of Pillow's grey, in 65536ths.
         weighted = levels.astype(np.int64) @ np.array([19595, 38470, 7471])
@@ -276,7 +272,7 @@ def _blend_with(image: np.ndarray, level: int, factor: float) -> np.ndarray:
     # What Pillow's ImageEnhance does to a level depends on the level alone, so a table of 256 does it, without
     # Pillow: float32, and cut off, not rounded.
     table = np.float32(level) + np.float32(factor) * (np.arange(256, dtype=np.float32) - np.float32(level))
-    return cv2.LUT(to_levels(image), np.clip(table, 0, 255).astype(np.uint8)).astype(np.float32) / np.float32(255)
+    return cv2.LUT(to_8_bits(image), np.clip(table, 0, 255).astype(np.uint8)).astype(np.float32) / np.float32(255)
 
 
 def add_noise(
@@ -293,8 +289,6 @@ def add_noise(
         legacy: the covariance of correlated noise has the magnitudes of its entries, as published; what is then no
             covariance any more (a negative variance along an axis) is cut to one.
     """
-    if kind not in NOISES:
-        raise ValueError(f"kind must be one of {', '.join(NOISES)}, got {kind!r}")
     height, width, channels = (*image.shape, 1)[:3]
     std = np.float32(level / 255)
     if kind == "correlated":
@@ -338,7 +332,7 @@ def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     """What JPEG of a quality (0 to 100) leaves of an image; [0, 1], of 8 bits."""
-    encoded = cv2.imencode(".jpg", to_levels(image)[..., ::-1] if image.ndim == 3 else to_levels(image),
+    encoded = cv2.imencode(".jpg", to_8_bits(image)[..., ::-1] if image.ndim == 3 else to_8_bits(image),
                            [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # fmt: skip
     decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR if image.ndim == 3 else cv2.IMREAD_GRAYSCALE)
     decoded = decoded[..., ::-1] if image.ndim == 3 else decoded

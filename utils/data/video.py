@@ -35,7 +35,6 @@ CODECS = {".avi": ("MJPG",), ".mkv": ("FFV1",), ".mp4": ("avc1", "mp4v")}  # FFV
 DEFAULT_RATE = 25.0
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file is said in our words
 
-
 Load = Callable[[], tuple[Source, Source]]  # reads a pair, visible first
 
 
@@ -117,10 +116,9 @@ class VideoPair:
             replace(how, range=auto_range(how, iter_frames(path), str(path))) if how.range == "auto" else how
             for path, how in zip(self.paths, readings, strict=True)
         ]
-        frames = [_Frames(path) for path in self.paths]
         for path in self.paths:
             remember_source(path)
-        counts, rates = ([getattr(each, name) for each in frames] for name in ("count", "rate"))
+        counts, rates = zip(*((each.count, each.rate) for each in map(_Frames, self.paths)), strict=True)
         self.rate = rates[0] or DEFAULT_RATE
         if offset and not all(rates):
             raise InputError(f"--offset: {self.paths[rates.index(0)]} does not say how many frames a second it has")
@@ -234,14 +232,12 @@ class VideoFile:
 
     def _start(self, width: int, height: int) -> cv2.VideoWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        loud = cv2.utils.logging.setLogLevel(0)  # silent: that the first codec is not there is no error
         for codec in CODECS[self.path.suffix.lower()]:
             code = cv2.VideoWriter.fourcc(*codec)
             writer = cv2.VideoWriter(_for_opencv(self.partial), code, self.rate, (width, height))
             if writer.isOpened():
                 self.codec = codec
                 break
-        cv2.utils.logging.setLogLevel(loud)
         if not writer.isOpened():
             raise InputError(
                 f"{self.path}: this OpenCV cannot write {self.path.suffix} videos of {width}x{height} here; "

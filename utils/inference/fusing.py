@@ -113,21 +113,14 @@ def keep_freed_memory() -> None:
     glibc gives large blocks back to the system at once and gets fresh, zeroed pages for the next: on the CPU that
     was measured to take up to a third of a training step. Elsewhere this does nothing.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
     trim_threshold, mmap_threshold, kept = -1, -3, 2**30  # the names of malloc.h
-    mallopt(mmap_threshold, kept)
-    mallopt(trim_threshold, kept)
+    _call_glibc("mallopt", mmap_threshold, kept)
+    _call_glibc("mallopt", trim_threshold, kept)
 
 
-def give_back_freed_memory() -> None:
-    """Undoes what `keep_freed_memory` has kept so far, where memory is short."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return
+def _call_glibc(function: str, *numbers: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -200,7 +193,7 @@ def fuse_arrays(
         normalise = False
     device = next(model.parameters()).device
     if max_memory and device.type == "cpu":
-        give_back_freed_memory()
+        _call_glibc("malloc_trim", 0)  # gives back what `keep_freed_memory` has kept so far
     free = memory_to_take(device, max_memory)
     while True:
         plan = plan_for(model, ir.shape, free, precision, limited=bool(max_memory))
