@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -133,7 +132,7 @@ class Desk:
         try:
             reading = Reading("ir" if key.startswith("ir") else "vi", memory=self.args.max_memory)
             if spread:
-                reading = replace(reading, range=auto_range(reading, [values_in(Path(path), reading)], name))
+                reading = reading._replace(range=auto_range(reading, [values_in(Path(path), reading)], name))
             source = read_source(Path(path), reading)._replace(name=name)
         except FileNotFoundError as error:
             raise InputError(f"{name} is no longer here: files are removed after a while; choose it again") from error

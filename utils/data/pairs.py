@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +67,7 @@ class Pair(NamedTuple):
         return vis, ir
 
 
-@dataclass(frozen=True)
-class PairList:
+class PairList(NamedTuple):
     """Pairs of two folders, sorted, and the file names that have no partner."""
 
     pairs: tuple[Pair, ...]
@@ -138,7 +136,7 @@ def list_pairs(vis_folder: Path | str, ir_folder: Path | str, by: str = "stem") 
             f"{vis_folder} and {ir_folder} share no image name by --pair-by {by} ({len(vis)} and {len(ir)} images, "
             f"such as {names}); {_proposal(vis, ir)}"
         )
-    return found if by != "stem" else dataclasses.replace(found, pairs=tuple(sorted(found.pairs)))
+    return found if by != "stem" else found._replace(pairs=tuple(sorted(found.pairs)))
 
 
 def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList:
@@ -156,19 +154,18 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
         InputError: the stems are equal, a file fits both, or not a single pair is found.
     """
     images = images_in(Path(folder))
-    by = [f"^{re.escape(stem)}([0-9]+)$" for stem in (vis_stem, ir_stem)]
-    vis, ir = ([path for path in images if re.search(each, stem_of(path))] for each in by)
+    patterns = [f"^{re.escape(stem)}([0-9]+)$" for stem in (vis_stem, ir_stem)]
+    vis, ir = ([path for path in images if re.search(pattern, stem_of(path))] for pattern in patterns)
     either = [path.name for path in vis if path in ir]
     if either:
         raise InputError(f"{listed(either)}: of either role for the stems {vis_stem} and {ir_stem}; rename the files")
-    found = _match(_keyed(vis, by[0]), _keyed(ir, by[1]))
+    found = _match(_keyed(vis, patterns[0]), _keyed(ir, patterns[1]))
     if not found.pairs:
         present = {re.sub("[0-9]+$", "", stem_of(path)) for path in images if stem_of(path)[-1:].isdigit()}
         raise InputError(
             f"{folder} holds no pair {vis_stem}<number> and {ir_stem}<number>; the stems in it are {listed(present)}"
         )
-    numbered = tuple(pair._replace(name=pair.name.removeprefix(vis_stem)) for pair in found.pairs)
-    return dataclasses.replace(found, pairs=numbered)
+    return found._replace(pairs=tuple(pair._replace(name=pair.name.removeprefix(vis_stem)) for pair in found.pairs))
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
@@ -308,8 +305,7 @@ def task_of(vis: Path, ir: Path) -> str:
     return tasks[0] if len(tasks) == 1 else ""
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """The defaults of one test script."""
 
     task: str  # "ivf" or "mif"
@@ -317,8 +313,7 @@ class Benchmark:
     samples: tuple[str, ...]  # bundled sets, shown where the published ones are absent
 
 
-@dataclass(frozen=True)
-class TestSet:
+class TestSet(NamedTuple):
     name: str
     vis_name: str  # how the data set calls its visible or MRI images: a folder's name, or a stem
     ir_name: str
@@ -342,13 +337,19 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None
     else:
         folders = find_set_folders(args, benchmark)
         sets = [open_set(folder.resolve().name, *find_modalities(folder), args) for folder in folders]
-    for number, test_set in enumerate(sets):
-        test_set = sets[number] = dataclasses.replace(test_set, found=read_as(test_set.found, args, memory))
+    sets = [test_set._replace(found=read_as(test_set.found, args, memory)) for test_set in sets]
+    for test_set in sets:
         test_set.found.check_usable()
-        if args.limit:  # under another name, so that the results do not take the place of those of the whole set
-            first = dataclasses.replace(test_set.found, pairs=test_set.found.pairs[: args.limit])
-            sets[number] = dataclasses.replace(test_set, name=f"{test_set.name}_first_{args.limit}", found=first)
-    return sets
+    if not args.limit:
+        return sets
+    # Under another name, so that the results do not take the place of those of the whole set.
+    return [
+        test_set._replace(
+            name=f"{test_set.name}_first_{args.limit}",
+            found=test_set.found._replace(pairs=test_set.found.pairs[: args.limit]),
+        )
+        for test_set in sets
+    ]
 
 
 def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Path]:
@@ -389,37 +390,31 @@ def read_as(found: PairList, args: argparse.Namespace, memory: int | None = None
     pairs = [pair._replace(vis_reading=vis_reading, ir_reading=ir_reading) for pair in found.pairs]
     if args.slice == "all":
         pairs = [slice_pair for pair in pairs for slice_pair in _slices(pair)]
-    for side in ("vis", "ir"):
-        field = f"{side}_reading"
-        reading: Reading = getattr(pairs[0], field)
-        if reading.range == "auto":
-            chosen = auto_range(reading, _all_values(pairs, side), str(getattr(pairs[0], side).parent))
-            readings = [dataclasses.replace(getattr(pair, field), range=chosen) for pair in pairs]
-            pairs = [pair._replace(**{field: each}) for pair, each in zip(pairs, readings, strict=True)]
-    return dataclasses.replace(found, pairs=tuple(pairs))
+    if vis_reading.range == "auto":
+        chosen = auto_range(vis_reading, _all_values((p.vis, p.vis_reading) for p in pairs), str(pairs[0].vis.parent))
+        pairs = [pair._replace(vis_reading=pair.vis_reading._replace(range=chosen)) for pair in pairs]
+    if ir_reading.range == "auto":
+        chosen = auto_range(ir_reading, _all_values((p.ir, p.ir_reading) for p in pairs), str(pairs[0].ir.parent))
+        pairs = [pair._replace(ir_reading=pair.ir_reading._replace(range=chosen)) for pair in pairs]
+    return found._replace(pairs=tuple(pairs))
 
 
 def _slices(pair: Pair) -> list[Pair]:
-    counts = pages_in(pair.vis), pages_in(pair.ir)
-    if counts[0] != counts[1]:
-        raise InputError(f"--slice all: {pair.vis} holds {counts[0]} slices and {pair.ir} holds {counts[1]}")
-    if counts[0] == 1:
-        return [pair]
-    return [
-        Pair(
-            f"{pair.name}_{page:0{len(str(counts[0]))}d}",
-            pair.vis,
-            pair.ir,
-            dataclasses.replace(pair.vis_reading, page=page),
-            dataclasses.replace(pair.ir_reading, page=page),
+    """A pair for each slice of two volumes; the pair itself where there is only one."""
+    count, other = pages_in(pair.vis), pages_in(pair.ir)
+    if count != other:
+        raise InputError(f"--slice all: {pair.vis} holds {count} slices and {pair.ir} holds {other}")
+    return [pair] if count == 1 else [
+        pair._replace(
+            name=f"{pair.name}_{page:0{len(str(count))}d}",
+            vis_reading=pair.vis_reading._replace(page=page),
+            ir_reading=pair.ir_reading._replace(page=page),
         )
-        for page in range(1, counts[0] + 1)
-    ]
+        for page in range(1, count + 1)
+    ]  # fmt: skip
 
 
-def _all_values(pairs: list[Pair], side: str) -> Iterator[np.ndarray]:
-    for pair in pairs:
-        try:
-            yield values_in(getattr(pair, side), getattr(pair, f"{side}_reading"))
-        except (InputError, OSError):
-            continue  # it is named where it is read to be used
+def _all_values(files: Iterable[tuple[Path, Reading]]) -> Iterator[np.ndarray]:
+    for path, reading in files:
+        with contextlib.suppress(InputError, OSError):  # it is named where it is read to be used
+            yield values_in(path, reading)

@@ -13,7 +13,6 @@ import math
 import stat
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +40,7 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())  # for who confi
 Image.MAX_IMAGE_PIXELS = None
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """How the files of one role are read.
 
     Attributes:

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +112,7 @@ class VideoPair:
     def __init__(self, vis: Path, ir: Path, offset: float = 0.0, readings: Sequence[Reading] = (PLAIN, PLAIN)) -> None:
         self.paths, self.offset, self.rest = (vis, ir), offset, ""
         self._readings = [
-            replace(how, range=auto_range(how, iter_frames(path), str(path))) if how.range == "auto" else how
+            how._replace(range=auto_range(how, iter_frames(path), str(path))) if how.range == "auto" else how
             for path, how in zip(self.paths, readings, strict=True)
         ]
         for path in self.paths:
