@@ -48,30 +48,10 @@ def test_rounding_is_half_to_even(tmp_path):
     assert read_grey(tmp_path / "a.png")[0, 0] == 28
 
 
-def test_grey_rule_is_not_the_grey_flag_of_opencv(tmp_path):
-    many = np.random.default_rng(1).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    path = write(tmp_path / "a.png", many)
-    assert (read_grey(path) != cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)).any()
-
-
 def test_luma_is_not_rounded(tmp_path):
     luma = read_luma(write(tmp_path / "a.png", COLOUR))
     assert (luma != np.round(luma)).any()
     np.testing.assert_array_equal(np.round(luma), read_grey(tmp_path / "a.png"))
-
-
-def test_jpeg_is_read_as_decoded(tmp_path):
-    path = write(tmp_path / "a.jpg", cv2.resize(COLOUR, (64, 48)))
-    decoded = cv2.imread(str(path)).astype(np.float32)
-    np.testing.assert_array_equal(read_grey(path), np.round(cv2.cvtColor(decoded, cv2.COLOR_BGR2GRAY)))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_16_bit_keeps_its_depth(tmp_path, suffix):
-    levels = np.array([[0, 1, 256, 32768, 65535]], np.uint16)
-    grey = read_grey(write(tmp_path / f"a{suffix}", levels))
-    np.testing.assert_allclose(grey, levels * (255 / 65535), rtol=1e-5, atol=1e-6)
-    assert len(np.unique(grey)) == 5
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -97,28 +77,32 @@ def test_unreadable_files_are_named(tmp_path, content):
         read_grey(tmp_path / "a.png")
 
 
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a.png"):
-        read_grey(tmp_path / "a.png")
-
-
-def test_writing_rounds_half_up_and_clips(tmp_path):
+def test_writing_rounds_half_up_or_truncates_and_clips(tmp_path):
     write_image(tmp_path / "a.png", np.array([[-3.0, 0.49, 0.5, 1.5, 254.5, 300.0]]))
     assert read_grey(tmp_path / "a.png").tolist() == [[0, 0, 1, 2, 255, 255]]
+    write_image(tmp_path / "a.png", np.array([[0.99, 1.5, 254.999, 255.0]]), truncate=True)
+    assert read_grey(tmp_path / "a.png").tolist() == [[0, 1, 254, 255]]
+    write_image(tmp_path / "a.png", np.array([[[300.0, -20.0, 100.5]]]))
+    assert cv2.imread(str(tmp_path / "a.png"))[0, 0].tolist() == [101, 0, 255]  # blue first in OpenCV
 
 
 @pytest.mark.parametrize(
-    ("name", "image", "message"),
+    ("name", "image", "bits", "message"),
     [
-        ("a.png", np.array([[1.0, np.nan]]), "NaN"),
-        ("a.png", np.zeros((2, 2, 4)), r"\(2, 2, 4\)"),
-        ("a.docx", np.zeros((2, 2)), "unknown image format"),
+        ("a.png", np.array([[1.0, np.nan]]), 8, "NaN"),
+        ("a.png", np.array([[1.0, np.nan]]), 16, "NaN"),
+        ("a.png", np.zeros((2, 2, 4)), 8, r"\(2, 2, 4\)"),
+        ("a.docx", np.zeros((2, 2)), 8, "unknown image format"),
+        ("a.jpg", np.zeros((2, 2)), 16, "no 16 bits"),
+        ("a.jpg", np.zeros((1, 66000)), 8, r"66000x1 pixels do not fit .* use \.png"),
+        ("a.pgm", np.zeros((2, 2, 3)), 8, "no colours"),
+        ("a.pbm", np.zeros((2, 2)), 8, "black and white alone"),
     ],
 )
-def test_unwritable_images_are_refused_and_the_old_file_kept(tmp_path, name, image, message):
+def test_unwritable_images_are_refused_and_the_old_file_kept(tmp_path, name, image, bits, message):
     (tmp_path / name).write_bytes(b"old")
     with pytest.raises(InputError, match=message):
-        write_image(tmp_path / name, image)
+        write_image(tmp_path / name, image, bits=bits)
     assert (tmp_path / name).read_bytes() == b"old"
     assert os.listdir(tmp_path) == [name]
 
@@ -129,14 +113,6 @@ def test_colours_are_read_red_first_and_written_as_they_are(tmp_path):
     np.testing.assert_array_equal(colours, COLOUR[..., ::-1])
     write_image(tmp_path / "b.png", colours)
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "b.png")), COLOUR)
-    np.testing.assert_allclose(
-        read_colour(write(tmp_path / "c.png", COLOUR.astype(np.uint16) * 257)), colours, rtol=0, atol=1e-4
-    )  # float32 at 255
-
-
-def test_colours_beyond_the_range_are_clipped_not_wrapped(tmp_path):
-    write_image(tmp_path / "a.png", np.array([[[300.0, -20.0, 100.5]]]))
-    assert cv2.imread(str(tmp_path / "a.png"))[0, 0].tolist() == [101, 0, 255]  # blue first in OpenCV
 
 
 def test_chroma_is_the_full_range_rule_of_jpeg():
@@ -167,11 +143,6 @@ def test_two_colours_are_averaged_by_their_own_size_and_grey_has_no_say():
     assert is_coloured(orange) and not is_coloured(grey)
 
 
-def test_truncation_is_written_on_request(tmp_path):
-    write_image(tmp_path / "a.png", np.array([[0.99, 1.5, 254.999, 255.0]]), truncate=True)
-    assert read_grey(tmp_path / "a.png").tolist() == [[0, 1, 254, 255]]
-
-
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_sixteen_bits_are_written_and_read_back_to_half_a_step(suffix, tmp_path):
     image = np.random.default_rng(0).uniform(0, 255, (9, 11, 3)).astype(np.float32)
@@ -183,15 +154,7 @@ def test_sixteen_bits_are_written_and_read_back_to_half_a_step(suffix, tmp_path)
     np.testing.assert_allclose(read_grey(path), np.clip(image[..., 0], 0, 255), atol=0.5 / 257 + 1e-4)
 
 
-def test_a_format_without_sixteen_bits_and_nan_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no 16 bits"):
-        write_image(tmp_path / "image.jpg", np.zeros((4, 4)), bits=16)
-    with pytest.raises(InputError, match="NaN"):
-        write_image(tmp_path / "image.png", np.full((4, 4), np.nan), bits=16)
-    assert not list(tmp_path.iterdir())
-
-
-def test_portable_anymaps_hold_what_they_can_and_nothing_is_written_that_they_cannot(tmp_path):
+def test_portable_anymaps_hold_what_they_can(tmp_path):
     grey = np.arange(240, dtype=np.float32).reshape(12, 20)
     colour = np.stack([grey, grey[::-1], grey], axis=-1)
     for name, image in (("a.pgm", grey), ("b.ppm", grey), ("c.PPM", colour)):
@@ -199,12 +162,3 @@ def test_portable_anymaps_hold_what_they_can_and_nothing_is_written_that_they_ca
         np.testing.assert_array_equal(
             read_colour(tmp_path / name), np.broadcast_to(image.reshape(12, 20, -1), colour.shape)
         )
-    for name, image in (("d.pgm", colour), ("e.pbm", grey)):
-        with pytest.raises(InputError, match=name):
-            write_image(tmp_path / name, image)
-        assert not (tmp_path / name).exists()
-
-
-def test_image_that_a_format_cannot_hold_is_refused_in_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"66000x1 pixels do not fit .* use \.png"):
-        write_image(tmp_path / "wide.jpg", np.zeros((1, 66000), np.uint8))

@@ -47,20 +47,12 @@ def test_patches_are_the_windows_of_the_images_in_order(folder, tmp_path, layout
     assert vis.shape == (1, 32, 32) and vis.dtype == torch.float32
     np.testing.assert_allclose(vis[0], read(folder / "vi/10.png")[window] / 255, rtol=0, atol=1e-7)
     np.testing.assert_allclose(ir[0], read(folder / "ir/10.png")[window] / 255, rtol=0, atol=1e-7)
-
-
-def test_published_layout_has_the_published_names(folder, tmp_path):
-    prepare(folder, tmp_path / "p.h5", "--layout", "published")
-    with h5py.File(tmp_path / "p.h5") as file:
-        assert set(file) == {"vis_patchs", "ir_patchs"}
-        assert set(file["ir_patchs"]) == {str(i) for i in range(18)}
-        assert file["ir_patchs/0"].shape == (1, 32, 32) and file["ir_patchs/0"].dtype == np.float32
-
-
-def test_compact_file_says_where_it_comes_from(folder, tmp_path):
-    prepare(folder, tmp_path / "p.h5")
     with h5py.File(tmp_path / "p.h5") as file:
         assert file.attrs["patch_size"] == 32 and file.attrs["stride"] == 20 and "SET" in file.attrs["sources"]
+        if layout == "published":
+            assert set(file) == {"vis_patchs", "ir_patchs"}
+            assert set(file["ir_patchs"]) == {str(i) for i in range(18)}
+            assert file["ir_patchs/0"].shape == (1, 32, 32) and file["ir_patchs/0"].dtype == np.float32
 
 
 def test_several_data_sets_go_into_one_file(folder, tmp_path):
@@ -122,20 +114,6 @@ def test_bad_pair_is_named_and_the_rest_done(folder, tmp_path, capsys):
     assert len(PatchDataset(tmp_path / "p.h5")) == 12
 
 
-def test_unreadable_file_costs_its_pair_only(folder, tmp_path, monkeypatch, capsys):
-    cut = dataprocessing.cut_patches
-
-    def refuses_one(pair, *args, **options):
-        if pair.name == "02":
-            raise PermissionError(13, "Permission denied", str(pair.vis))
-        return cut(pair, *args, **options)
-
-    monkeypatch.setattr(dataprocessing, "cut_patches", refuses_one)
-    assert prepare(folder, tmp_path / "p.h5") == 2
-    assert "Permission denied" in capsys.readouterr().err
-    assert len(PatchDataset(tmp_path / "p.h5")) == 12
-
-
 def test_full_disk_keeps_the_old_file_and_the_last_line_says_why(folder, tmp_path):
     (tmp_path / "p.h5").write_bytes(b"old")
     # A limit on the size of files stands in for a full disk; it holds for the child process alone.
@@ -155,18 +133,6 @@ def test_full_disk_keeps_the_old_file_and_the_last_line_says_why(folder, tmp_pat
     assert sorted(os.listdir(tmp_path)) == ["SET", "p.h5"]
 
 
-def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, monkeypatch):
-    (tmp_path / "p.h5").write_bytes(b"old")
-
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dataprocessing, "cut_patches", interrupted)
-    assert prepare(folder, tmp_path / "p.h5") == 130
-    assert (tmp_path / "p.h5").read_bytes() == b"old"
-    assert sorted(os.listdir(tmp_path)) == ["SET", "p.h5"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -177,6 +143,10 @@ def test_interrupted_run_leaves_the_old_file_and_no_half_one(folder, tmp_path, m
         (["--patch-size", "9" * 400], "--patch-size must be"),
         (["--patch-size", "500"], "not one patch was kept"),
         (["--out", "patches.png"], "ends in .h5"),
+        (["--holdout", "1"], "--holdout 1 must be"),
+        (["--holdout", "2", "--holdout-size", "40"], "--holdout-size 40"),
+        (["--colour", "--layout", "published"], "colour is stored in the layout compact"),
+        (["--saliency", "--layout", "published"], "saliency maps are stored in the layout compact"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):
@@ -362,12 +332,6 @@ def test_a_set_named_twice_counts_twice_and_its_validation_pairs_once(tmp_path):
     assert [Path(pair.name).name for pair in dataset.validation] == ["2.png"]
 
 
-def test_bad_holdouts_are_refused(folder, tmp_path, capsys):
-    for options in (["--holdout", "1"], ["--holdout", "-2"], ["--holdout", "2", "--holdout-size", "40"]):
-        assert dataprocessing.main(["--data", str(folder), "--out", str(tmp_path / "p.h5"), *options]) == 2
-        assert "--holdout" in capsys.readouterr().err
-
-
 # ---- saliency maps ---------------------------------------------------------------------------------------
 
 
@@ -380,8 +344,6 @@ def test_saliency_patches_are_cut_from_the_map_of_the_whole_image(folder, tmp_pa
     np.testing.assert_array_equal(dataset.ir_saliency[1], expected[:32, 32:64])
     batch = next(random_batches(dataset, 2, (0,), crop=8, flips=True))
     assert batch.ir_saliency.shape == batch.ir.shape
-    with pytest.raises(InputError, match="compact"):
-        PatchWriter(out, 32, "published", saliency=True)
 
 
 # ---- colour ----------------------------------------------------------------------------------------------
@@ -414,11 +376,6 @@ def test_random_batches_keep_colours_on_their_pixels(tmp_path):
         assert batch.vis.shape == (2, 3, 5, 5)
         for channel in range(3):
             torch.testing.assert_close(batch.vis[:, channel], batch.ir[:, 0] + 20 * channel / 255)
-
-
-def test_colour_has_no_place_in_the_published_layout(folder, tmp_path, capsys):
-    assert prepare(folder, tmp_path / "p.h5", "--colour", "--layout", "published") == 2
-    assert "colour is stored in the layout compact" in capsys.readouterr().err
 
 
 @pytest.mark.slow
