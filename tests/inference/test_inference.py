@@ -34,10 +34,7 @@ def test_normalisation_is_of_each_image():
     images = torch.stack([torch.linspace(0.2, 0.4, 12), torch.linspace(0.5, 0.9, 12)]).view(2, 1, 3, 4)
     normalised = min_max_normalise(images)
     assert normalised.amin(dim=(1, 2, 3)).tolist() == [0, 0] and normalised.amax(dim=(1, 2, 3)).tolist() == [1, 1]
-
-
-def test_constant_image_is_left_as_it_is_instead_of_nan():
-    assert min_max_normalise(torch.full((1, 1, 3, 3), 0.4)).eq(0.4).all()
+    assert min_max_normalise(torch.full((1, 1, 3, 3), 0.4)).eq(0.4).all()  # it has no range; published: NaN
 
 
 def test_fused_image_has_the_size_of_the_sources_and_the_full_range(model):
@@ -72,10 +69,6 @@ def test_bfloat16_is_chosen_only_where_there_are_instructions_for_it(name, has_i
     assert ("float32 is much faster" in capsys.readouterr().err) == warned
 
 
-def test_whether_there_is_bfloat16_can_be_asked_of_this_processor():
-    assert isinstance(fusing.has_bfloat16(torch.device("cpu")), bool)
-
-
 def test_device_is_checked_before_use():
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda")
@@ -98,7 +91,7 @@ def test_float32_is_not_tf32(how, monkeypatch):
     assert not torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("size", [(128, 160), (97, 200), (161, 131)])
+@pytest.mark.parametrize("size", [(128, 160), (161, 131)])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_fuser_gives_one_result_with_and_without_gradients(name, size):
     """Images larger than a tile, called as README does."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from utils.common import InputError, resident_memory
 from utils.inference import memory
 from utils.inference.fusing import fuse_arrays, run_plan
-from utils.inference.memory import BoundedMemory, Plan, format_size, parse_size, plan_memory
+from utils.inference.memory import BoundedMemory, Plan, parse_size, plan_memory
 from utils.tiles import Memory
 from utils.training.monitor import feature_maps
 from zoo import find_system
@@ -105,12 +105,8 @@ def test_full_disk_is_one_line_that_names_the_folder(model, monkeypatch, tmp_pat
     with pytest.raises(InputError, match=r"scratch file of 2 MB in .*No space left.*--scratch"):
         run_plan(model, *pair(40, 60), "vis", Plan(500, 0), BoundedMemory(0, scratch=tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def test_missing_scratch_folder_is_one_line(tmp_path):
-    bounded = BoundedMemory(0, scratch=tmp_path / "none")
     with pytest.raises(InputError, match="No such file"):
-        bounded.new_map((1, 64, 3, 3), torch.zeros(1))
+        BoundedMemory(0, scratch=tmp_path / "none").new_map((1, 64, 3, 3), torch.zeros(1))
 
 
 def test_too_little_memory_is_refused_with_what_it_takes(model):
@@ -152,7 +148,7 @@ def test_out_of_memory_on_the_device_is_tried_again_with_half_and_said(model, mo
     assert capsys.readouterr().err.count("out of memory on cpu; trying again with") == 2
 
 
-def test_out_of_memory_is_not_tried_again_where_smaller_pieces_do_not_help(monkeypatch):
+def test_out_of_memory_is_not_tried_again_where_smaller_tiles_do_not_help(monkeypatch):
     model = find_system("tsdm")().eval()
     calls = []
 
@@ -173,10 +169,6 @@ def test_features_that_do_not_fit_are_not_drawn_and_that_is_said(model, monkeypa
     assert len(feature_maps(model, *pair(24, 30))) == 4
     monkeypatch.setattr(model, "features", fails)
     assert feature_maps(model, *pair(24, 30)) == {} and "no memory for the features" in capsys.readouterr().err
-
-
-def test_sizes_are_printed_in_one_unit():
-    assert format_size(12_288_000_000) == "12.3 GB" and format_size(999_000) == "1 MB"
 
 
 def test_a_system_of_whole_images_says_before_it_starts_what_it_needs():
