@@ -152,22 +152,23 @@ def write_patches(
     return EXIT_BAD_INPUT if bad else 0
 
 
-def in_blocks(pairs: Sequence[Pair], one_in: int, longest: int = 8) -> list[Pair]:
-    """One pair in `one_in`, in blocks of neighbours: equal numbers are often neighbouring frames of a video.
+def in_blocks(pairs: Sequence[Pair], one_in: int) -> list[Pair]:
+    """One pair in `one_in`, in blocks of up to 8 neighbours, which are often neighbouring frames of a video.
 
     Validation on a frame whose neighbours were trained on would measure memory.
 
     >>> in_blocks(range(60), 5)
     [16, 17, 18, 19, 20, 21, 22, 23, 56, 57, 58, 59]
     """
-    length = max(1, min(longest, len(pairs) // one_in))
+    length = max(1, min(8, len(pairs) // one_in))
     blocks = [pairs[start : start + length] for start in range(0, len(pairs), length)]
     # The middle one of every `one_in` blocks: the first and the last of a folder are often of one scene.
     return [pair for block in blocks[one_in // 2 :: one_in] for pair in block]
 
 
-def show_degraded(args: argparse.Namespace, pairs: list[Pair], most: int = 4, side: int = 256) -> int:
+def show_degraded(args: argparse.Namespace, pairs: list[Pair]) -> int:
     """Writes a panel of pairs, spread evenly, the middle of each: visible, degraded twice, infrared, degraded twice."""
+    most, side = 4, 256  # pairs, and pixels of each
     out = args.out or Path("data") / f"degraded_{args.degrade}.png"
     if out.suffix != ".png" or args.degrade < 0:
         raise InputError(f"--degrade {args.degrade} must be a seed from 0 up, and --out {out} must end in .png")

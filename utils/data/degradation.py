@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from utils.common import InputError
-from utils.data.images import luma_of
+from utils.data.images import in_colour, luma_of
 
 NOISES = ("independent", "shared", "correlated")
 _SMALLEST_VARIANCE = 1e-3  # of a blur: below, the neighbours of a pixel weigh nothing and a covariance is singular
@@ -232,7 +232,7 @@ def degrade_pair(
     infrared = ir_ranges.draw(rng)
     if not ir_ranges.legacy:
         return vis, infrared.apply(ir)
-    return vis, luma_of(infrared.apply(np.repeat(check_image(ir)[..., None], 3, axis=2)))
+    return vis, luma_of(infrared.apply(in_colour(ir)))
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
@@ -339,24 +339,20 @@ def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     return np.ascontiguousarray(decoded, dtype=np.float32) / np.float32(255)
 
 
-def unsharp_mask(image: np.ndarray, *, amount: float = 0.5, threshold: float = 10.0, radius: int = 50) -> np.ndarray:
+def unsharp_mask(image: np.ndarray) -> np.ndarray:
     """Sharpens where there is something to sharpen: what the clean images of the training become.
 
-    image + amount * (image - blurred), where the two differ by more than the threshold; the blurred map of those
-    pixels passes smoothly from sharpened to not.
+    image + half of (image - blurred), where the two differ by more than 10 levels of 255; the blurred map of those
+    pixels passes smoothly from sharpened to not. The Gaussian blur has 51 taps, its sigma is OpenCV's for so many.
 
     Args:
         image: (H, W) or (H, W, 3) in [0, 1].
-        amount: of the difference that is added.
-        threshold: grey levels of 255.
-        radius: taps of the Gaussian blur, one more if even; its sigma follows from them by OpenCV's rule.
 
     Returns:
         float32, shape as given, in [0, 1].
     """
-    image = check_image(image)
-    taps = (radius + 1 - radius % 2,) * 2
+    image, taps = check_image(image), (51, 51)
     residual = image - cv2.GaussianBlur(image, taps, 0)
-    soft = cv2.GaussianBlur((np.abs(residual) * 255 > threshold).astype(np.float32), taps, 0)
-    sharp = np.clip(image + np.float32(amount) * residual, 0, 1)
+    soft = cv2.GaussianBlur((np.abs(residual) * 255 > 10).astype(np.float32), taps, 0)
+    sharp = np.clip(image + np.float32(0.5) * residual, 0, 1)
     return soft * sharp + (1 - soft) * image

@@ -149,7 +149,7 @@ def auto_range(reading: Reading, images: Iterable[np.ndarray], what: str) -> tup
     return low, high
 
 
-def values_in(path: Path, reading: Reading = PLAIN) -> np.ndarray:
+def values_in(path: Path, reading: Reading) -> np.ndarray:
     """The values of a file as they are, for `auto_range`; errors as of `decode`."""
     return _open(path, reading).values
 
@@ -195,7 +195,7 @@ def _open(path: Path, reading: Reading) -> Values:
         ) from error
 
 
-def levels_of(name: str, given: Values, reading: Reading = PLAIN) -> np.ndarray:
+def levels_of(name: str, given: Values, reading: Reading) -> np.ndarray:
     """Values -> uint8, or float32 in [0, 255], as `decode` says.
 
     Raises:
@@ -221,11 +221,11 @@ def levels_of(name: str, given: Values, reading: Reading = PLAIN) -> np.ndarray:
     used = (high - low) / (scale[1] - scale[0])
     if not (reading.range or window) and values.dtype != np.uint8 and used < HARDLY_USED:
         most = f"{used:.1%} of 0 to {scale[1]:g}"
-        say("range", name, f"holds {held}, {most}, and is nearly constant; {reading.option} auto spreads it", reading)
+        _say("range", name, f"holds {held}, {most}, and is nearly constant; {reading.option} auto spreads it", reading)
     else:
         low, high = np.percentile(_sample(levels), PERCENTILES)
         if high - low < NEARLY_CONSTANT:
-            say("constant", name, f"is nearly constant: {low:.1f} to {high:.1f} of 255", reading)
+            _say("constant", name, f"is nearly constant: {low:.1f} to {high:.1f} of 255", reading)
     return 255 - levels if inverted else levels
 
 
@@ -237,7 +237,7 @@ def _sample(image: np.ndarray) -> np.ndarray:
 _said: set[tuple[str, str, Path]] = set()
 
 
-def say(kind: str, name: str, text: str, reading: Reading = PLAIN) -> None:
+def _say(kind: str, name: str, text: str, reading: Reading) -> None:
     """One line about a file, or about a frame "FILE, frame N"; once for each kind, role and folder (or video)."""
     file, is_frame, _ = name.partition(", frame ")
     key = (kind, reading.role, Path(file) if is_frame else Path(file).parent)
@@ -272,14 +272,14 @@ def check_size(path: Path, width: int, height: int, reading: Reading) -> None:
 
 def _check_page(path: Path, pages: int, reading: Reading, what: str) -> int:
     """The index of the page that is asked for."""
-    if reading.page is None and pages > 1 and what == "slices":
-        raise InputError(f"{path} holds {pages} slices; choose one with --slice N, from 1, or --slice all")
-    if reading.page is None and pages > 1:
-        other = "--slice takes others" if what == "pages" else "for all of them make a video of it"
-        say("pages", str(path), f"holds {pages} {what}, and the first is taken; {other}", reading)
     page = reading.page or 1
     if page > pages and (pages > 1 or what == "slices"):
         raise InputError(f"{path} holds {pages} {what}; there is no --slice {page}")
+    if reading.page is None and pages > 1:
+        if what == "slices":
+            raise InputError(f"{path} holds {pages} slices; choose one with --slice N, from 1, or --slice all")
+        other = "--slice takes others" if what == "pages" else "for all of them make a video of it"
+        _say("pages", str(path), f"holds {pages} {what}, and the first is taken; {other}", reading)
     return min(page, pages) - 1
 
 
@@ -362,7 +362,7 @@ def _without_alpha(path: Path, image: np.ndarray, alpha: np.ndarray | None, read
         hidden = f" {clear:.0%} of its pixels are transparent, and are taken as if they were not." if clear else ""
         low, high = alpha.min(), alpha.max()
         text = f"has an alpha channel from {low} to {high}, which is left out; --ir-from-alpha takes it as infrared."
-        say("alpha", str(path), text + hidden, reading)
+        _say("alpha", str(path), text + hidden, reading)
     return image
 
 

@@ -48,7 +48,7 @@ def read_sources(pair: Pair) -> tuple[Source, Source]:
     return read_source(pair.vis, pair.vis_reading), read_source(pair.ir, pair.ir_reading)
 
 
-def frame_source(name: str, frame: np.ndarray, reading: Reading = PLAIN) -> Source:
+def frame_source(name: str, frame: np.ndarray, reading: Reading) -> Source:
     """A frame of a video: uint8 (H, W, 3), red first, or uint16 (H, W)."""
     return _source(name, levels_of(name, Values(frame, (0, np.iinfo(frame.dtype).max)), reading))
 
