@@ -227,8 +227,6 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
         raise InputError("--list, --annotations and --sequence are for folders")
     if args.list and (args.sequence or to_video):
         raise InputError("--list is for folders of single pairs, not for the frames of one scene")
-    if args.list and args.list.is_dir():
-        raise InputError(f"--list {args.list} is a folder; name a file")
     if args.annotations and not args.list:
         raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
     if args.resize_ir and args.homography:
@@ -269,7 +267,7 @@ def find_pairs(args: argparse.Namespace, kind: str, memory: int | None) -> PairL
     if not (args.resize_ir or args.homography):
         found.check_usable("; add --resize-ir where both show the same view, else --homography FILE")
     for pair in found.pairs if not is_video(args.out) else ():
-        check_format(args.out / name_in_folder(pair, args), args.bits)
+        name_in_folder(pair, args)  # says what cannot be written
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from utils.common import InputError, whole_file
 from utils.data.readers import PLAIN, SUFFIXES, Reading, decode
 
-WRITABLE = SUFFIXES - {".gif", ".dcm", ".nii", ".nii.gz"}
+WRITABLE = SUFFIXES - {".gif", ".dcm", ".nii", ".nii.gz", ".pbm"}  # the last has black and white alone
 DEEP_SUFFIXES = frozenset(".png .tif .tiff".split())  # formats of 16 bits, grey and colour
 _GAP = 4  # pixels of white between images that are shown together
 
@@ -134,9 +134,7 @@ def check_format(path: Path, bits: int = 8) -> None:
         InputError: it cannot; the formats that can are named.
     """
     if path.suffix.lower() not in WRITABLE:
-        raise InputError(f"{path}: unknown image format; use one of {' '.join(sorted(WRITABLE))}")
-    if path.suffix.lower() == ".pbm":
-        raise InputError(f"{path}: this format has black and white alone; use .pgm or .png")
+        raise InputError(f"{path}: images cannot be written so; use one of {' '.join(sorted(WRITABLE))}")
     if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
         raise InputError(f"{path}: this format has no 16 bits; use one of {' '.join(sorted(DEEP_SUFFIXES))}")
 
