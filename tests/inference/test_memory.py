@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from utils.common import InputError, resident_memory
 from utils.inference import memory
-from utils.inference.fusing import fuse_arrays, run_plan
-from utils.inference.memory import BoundedMemory, Plan, parse_size, plan_memory
-from utils.tiles import Memory
+from utils.inference.fusing import fuse_arrays, fuse_with_tiles
+from utils.inference.memory import BoundedMemory, parse_size, plan_memory
+from utils.tiles import Tiles
 from utils.training.monitor import feature_maps
 from zoo import find_system
 from zoo.cddfuse import CDDFuseSystem
@@ -77,11 +77,11 @@ def test_24_megapixels_fit_4_gb_and_100_megapixels_fit_8_gb_by_the_plan():
 )
 def test_result_is_that_of_the_whole_image_wherever_the_maps_lie(model, tmp_path_factory, height, width, pixels, maps):
     vis, ir = pair(height, width)
-    whole = run_plan(model, vis, ir, "vis", Plan(0, 0), Memory(), normalise=False)
+    whole = fuse_with_tiles(model, vis, ir, "vis", Tiles(0), normalise=False)
     bounded = BoundedMemory(
         int(maps * CDDFuseSystem.map_bytes * height * width), scratch=tmp_path_factory.mktemp("maps")
     )
-    got = run_plan(model, vis, ir, "vis", Plan(pixels, 0), bounded, normalise=False)
+    got = fuse_with_tiles(model, vis, ir, "vis", Tiles(pixels, bounded), normalise=False)
     np.testing.assert_allclose(got, whole, rtol=0, atol=255e-6)  # float32; sums are ordered differently
     assert bounded.most <= bounded.room
     if maps < 1 and pixels < height * width:
@@ -92,7 +92,7 @@ def test_result_is_that_of_the_whole_image_wherever_the_maps_lie(model, tmp_path
 
 def test_maps_of_a_pair_are_those_that_the_plan_counts(model):
     bounded = BoundedMemory(10**9)
-    run_plan(model, *pair(40, 60), "vis", Plan(500, 0), bounded)
+    fuse_with_tiles(model, *pair(40, 60), "vis", Tiles(500, bounded))
     one_channel = 4 * 40 * 60  # what the decoder makes, before the sigmoid
     assert bounded.most == model.map_bytes * 40 * 60 + one_channel
 
@@ -103,7 +103,7 @@ def test_full_disk_is_one_line_that_names_the_folder(model, monkeypatch, tmp_pat
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(InputError, match=r"scratch file of 2 MB in .*No space left.*--scratch"):
-        run_plan(model, *pair(40, 60), "vis", Plan(500, 0), BoundedMemory(0, scratch=tmp_path))
+        fuse_with_tiles(model, *pair(40, 60), "vis", Tiles(500, BoundedMemory(0, scratch=tmp_path)))
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="No such file"):
         BoundedMemory(0, scratch=tmp_path / "none").new_map((1, 64, 3, 3), torch.zeros(1))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.common import InputError, file_sha256, in_checkout
+from utils.common import InputError, file_sha256, in_checkout, resident_memory
 from utils.data.images import with_colour_of
 from utils.data.sources import Source
 from utils.inference.memory import (
@@ -27,9 +27,8 @@ from utils.inference.memory import (
     memory_left,
     parse_size,
     plan_memory,
-    resident_memory,
 )
-from utils.tiles import Memory, Tiles
+from utils.tiles import Tiles
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PUBLISHED = "published"  # for --weights; and the folder in this checkout that the published repository is cloned into
@@ -197,9 +196,9 @@ def fuse_arrays(
     free = memory_to_take(device, max_memory)
     while True:
         plan = plan_for(model, ir.shape, free, precision, limited=bool(max_memory))
-        memory = BoundedMemory(plan.map_room, device, scratch)
+        tiles = Tiles(plan.pixels, BoundedMemory(plan.map_room, device, scratch))
         try:
-            return run_plan(model, vis, ir, skip, plan, memory, normalise=normalise, precision=precision)
+            return fuse_with_tiles(model, vis, ir, skip, tiles, normalise=normalise, precision=precision)
         except torch.OutOfMemoryError as error:
             if not hasattr(model, "fuse_tiled"):
                 raise InputError(
@@ -265,21 +264,14 @@ def plan_for(model: Any, shape: tuple[int, ...], free: int, precision: str, *, l
 
 
 @torch.inference_mode()
-def run_plan(
-    model: Any,
-    vis: np.ndarray,
-    ir: np.ndarray,
-    skip: str,
-    plan: Plan,
-    memory: Memory,
-    *,
-    normalise: bool | Callable[[Tensor], Tensor] = True,
-    precision: str = "float32",
-) -> np.ndarray:
-    """`fuse_arrays` with a plan and a place for feature maps."""
+def fuse_with_tiles(
+    model: Any, vis: np.ndarray, ir: np.ndarray, skip: str, tiles: Tiles,
+    *, normalise: bool | Callable[[Tensor], Tensor] = True, precision: str = "float32",
+) -> np.ndarray:  # fmt: skip
+    """`fuse_arrays` in given tiles, with a given place for feature maps."""
     device = next(model.parameters()).device
     with autocast(device, precision):
-        fused = fuse_in_tiles(model, to_network(vis, device), to_network(ir, device), skip, Tiles(plan.pixels, memory))
+        fused = fuse_in_tiles(model, to_network(vis, device), to_network(ir, device), skip, tiles)
     if callable(normalise):
         return to_levels(normalise(fused))
     return to_levels(min_max_normalise(fused) if normalise else fused.clamp(0, 1))
