@@ -19,7 +19,7 @@ import numpy as np
 from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
 from utils.data.degradation import INFRARED, VISIBLE, to_8_bits
 from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_image
-from utils.data.pairs import Pair, add_pair_option, find_modalities, list_pairs, read_as, refuse_one_source, set_name
+from utils.data.pairs import Pair, add_pair_option, find_modalities, open_pairs, set_name
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.degrade is None and (args.degrade_vis or args.degrade_ir):
         raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
-    lists = [read_as(list_pairs(*both, args.pair_by), args, args.max_memory) for both in folders]
+    lists = [open_pairs(*both, args, args.max_memory) for both in folders]
     pairs = [pair for found in lists for pair in found.pairs]
     if args.degrade is not None:
         return show_degraded(args, pairs)
@@ -204,8 +204,6 @@ def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     data = args.data or ([] if named else [Path("MSRS_train")])
     if args.degrade is not None and not (args.data or named or data[0].exists()):
         data = [in_checkout("test_img", "Sample_IVF")]
-    for vis, ir in named if not args.ir_from_alpha else ():
-        refuse_one_source(vis, ir)
     return [find_modalities(folder) for folder in data] + named
 
 

@@ -44,7 +44,7 @@ from utils.data.images import (
     to_uint8,
     write_image,
 )
-from utils.data.pairs import Pair, PairList, add_pair_option, list_pairs, read_as, refuse_one_source, task_of
+from utils.data.pairs import Pair, PairList, add_pair_option, open_pairs, read_as, refuse_one_source, task_of
 from utils.data.readers import add_reading_options, readings_of, stem_of, suffix_of
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography, register
 from utils.data.sources import Source, read_sources
@@ -258,12 +258,11 @@ def find_pairs(args: argparse.Namespace, kind: str, memory: int | None) -> PairL
         remember_source(args.vi)
         remember_source(args.ir)
         return read_as(PairList((Pair(stem_of(args.vi), args.vi, args.ir),), (), ()), args, memory)
-    found = list_pairs(args.vi, args.ir, args.pair_by)
+    found = open_pairs(args.vi, args.ir, args, memory)
     if found.unmatched():
         print(f"warning: {found.unmatched()}; left out", file=sys.stderr)
     if args.list:
         check_target(args.list)
-    found = read_as(found, args, memory)
     if not (args.resize_ir or args.homography):
         found.check_usable("; add --resize-ir where both show the same view, else --homography FILE")
     for pair in found.pairs if not is_video(args.out) else ():

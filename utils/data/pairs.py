@@ -325,31 +325,27 @@ def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None
     bundled ones. `memory` as of `read_as`."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1")
-    if args.vi or args.ir:
-        if not (args.vi and args.ir) or args.data or args.sets or args.stems:
-            raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
-        sets = [open_set(set_name(args.vi), args.vi, args.ir, args)]
-    elif args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
-        if not args.data:
+    if args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
+        if not args.data or args.vi or args.ir:
             raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")
         folders = [args.data / name for name in args.sets or [""]]
-        sets = [TestSet(folder.resolve().name, *args.stems, list_flat_pairs(folder, *args.stems)) for folder in folders]
+        found = [read_as(list_flat_pairs(folder, *args.stems), args, memory) for folder in folders]
+        sets = [TestSet(folder.resolve().name, *args.stems, each) for folder, each in zip(folders, found, strict=True)]
     else:
-        folders = find_set_folders(args, benchmark)
-        sets = [open_set(folder.resolve().name, *find_modalities(folder), args) for folder in folders]
-    sets = [test_set._replace(found=read_as(test_set.found, args, memory)) for test_set in sets]
-    for test_set in sets:
+        if args.vi or args.ir:
+            if not (args.vi and args.ir) or args.data or args.sets:
+                raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
+            named = [(set_name(args.vi), args.vi, args.ir)]
+        else:
+            folders = find_set_folders(args, benchmark)
+            named = [(folder.resolve().name, *find_modalities(folder)) for folder in folders]
+        sets = [TestSet(name, *role_names(*both), open_pairs(*both, args, memory)) for name, *both in named]
+    for number, test_set in enumerate(sets):
         test_set.found.check_usable()
-    if not args.limit:
-        return sets
-    # Under another name, so that the results do not take the place of those of the whole set.
-    return [
-        test_set._replace(
-            name=f"{test_set.name}_first_{args.limit}",
-            found=test_set.found._replace(pairs=test_set.found.pairs[: args.limit]),
-        )
-        for test_set in sets
-    ]
+        if args.limit:  # under another name, so that the results do not take the place of those of the whole set
+            name, first = f"{test_set.name}_first_{args.limit}", test_set.found.pairs[: args.limit]
+            sets[number] = test_set._replace(name=name, found=test_set.found._replace(pairs=first))
+    return sets
 
 
 def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Path]:
@@ -368,10 +364,11 @@ def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Pat
     return [root / name for name in present] or [in_checkout("test_img", name) for name in benchmark.samples]
 
 
-def open_set(name: str, vis: Path, ir: Path, args: argparse.Namespace) -> TestSet:
+def open_pairs(vis: Path, ir: Path, args: argparse.Namespace, memory: int | None = None) -> PairList:
+    """The pairs of two folders as a script's options say: `list_pairs`, then `read_as`; one folder twice is refused."""
     if not args.ir_from_alpha:
         refuse_one_source(vis, ir)
-    return TestSet(name, *role_names(vis, ir), list_pairs(vis, ir, args.pair_by))
+    return read_as(list_pairs(vis, ir, args.pair_by), args, memory)
 
 
 def read_as(found: PairList, args: argparse.Namespace, memory: int | None = None) -> PairList:
