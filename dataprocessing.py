@@ -95,7 +95,7 @@ def prepare(args: argparse.Namespace) -> int:
     validation = {pair for found in lists if args.holdout for pair in in_blocks(found.pairs, args.holdout)}
     if args.holdout and not validation:
         print(
-            f"warning: --holdout {args.holdout} holds out none of {len(pairs)} pairs, so train.py cannot validate; "
+            f"warning: --holdout {args.holdout} keeps none of {len(pairs)} pairs for validation; "
             "choose a smaller number",
             file=sys.stderr,
         )
@@ -147,7 +147,7 @@ def write_patches(
             )
     print(
         f"{out}: {kept} patches kept, {dropped} dropped for low contrast, {len(pairs)} pairs, "
-        f"{len(validation)} held out, {bad} left out"
+        f"{len(validation)} for validation, {bad} left out"
     )
     return EXIT_BAD_INPUT if bad else 0
 

@@ -54,6 +54,13 @@ def write_pair(folder: Path, names: tuple[str, str], name: str, seed: int, size:
         cv2.imwrite(str(folder / modality / name), pixels)
 
 
+def write_file(path: Path, pixels: np.ndarray) -> Path:
+    """An image file, blue first, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
+    return path
+
+
 @pytest.fixture
 def patch_file(tmp_path: Path) -> Path:
     """Six patches of noise, 16 x 16, and one held-out pair, 48 x 48."""

@@ -215,6 +215,7 @@ def test_published_correlated_noise_ignores_the_level():
         ("contrast=a:b", "contrast=a:b"),
         ("contrast=0.1:0.2:0.3", "must be two numbers"),
         ("legacy=0:1", "legacy=0:1"),
+        ("legacy=0.5", "legacy=0.5"),
         ("contrast=0.9:0.7", "the lower first"),
         ("contrast=0:inf", "the lower first"),
         ("contrast=nan", "the lower first"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from tests.conftest import write_file
 from utils.common import InputError
 from utils.data.images import (
     chroma,
@@ -23,15 +23,9 @@ from utils.data.images import (
 COLOUR = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)  # BGR
 
 
-def write(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".PNG"])
 def test_colour_is_turned_to_grey_as_float_and_rounded_half_to_even(tmp_path, suffix):
-    grey = read_grey(write(tmp_path / f"a{suffix}", COLOUR))
+    grey = read_grey(write_file(tmp_path / f"a{suffix}", COLOUR))
     b, g, r = (COLOUR[..., i].astype(np.float64) for i in range(3))
     wanted = 0.114 * b + 0.587 * g + 0.299 * r
     assert grey.dtype == np.float32 and grey.shape == (9, 11)
@@ -44,18 +38,18 @@ def test_rounding_is_half_to_even(tmp_path):
     ties = np.zeros((1, 2, 3), np.uint8)
     ties[0, 0, 0] = 250  # 28.5 -> 28
     ties[0, 1] = (250, 0, 0)
-    assert read_luma(write(tmp_path / "a.png", ties))[0, 0] == pytest.approx(28.5, abs=1e-5)
+    assert read_luma(write_file(tmp_path / "a.png", ties))[0, 0] == pytest.approx(28.5, abs=1e-5)
     assert read_grey(tmp_path / "a.png")[0, 0] == 28
 
 
 def test_luma_is_not_rounded(tmp_path):
-    luma = read_luma(write(tmp_path / "a.png", COLOUR))
+    luma = read_luma(write_file(tmp_path / "a.png", COLOUR))
     assert (luma != np.round(luma)).any()
     np.testing.assert_array_equal(np.round(luma), read_grey(tmp_path / "a.png"))
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    path = write(tmp_path / "a.jpg", np.zeros((16, 32, 3), np.uint8))
+    path = write_file(tmp_path / "a.jpg", np.zeros((16, 32, 3), np.uint8))
     plain = path.read_bytes()
     # A minimal Exif block: big-endian TIFF header, one tag, orientation (0x0112) = 6, a quarter turn.
     tiff = b"MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
@@ -108,7 +102,7 @@ def test_unwritable_images_are_refused_and_the_old_file_kept(tmp_path, name, ima
 
 
 def test_colours_are_read_red_first_and_written_as_they_are(tmp_path):
-    path = write(tmp_path / "a.png", COLOUR)
+    path = write_file(tmp_path / "a.png", COLOUR)
     colours = read_colour(path)
     np.testing.assert_array_equal(colours, COLOUR[..., ::-1])
     write_image(tmp_path / "b.png", colours)

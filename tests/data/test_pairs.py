@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
+from tests.conftest import write_file
 from utils.common import InputError
 from utils.data.pairs import (
     Pair,
@@ -24,17 +24,11 @@ from utils.data.pairs import (
 COLOUR = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)  # BGR
 
 
-def write(path: Path, pixels: np.ndarray = COLOUR) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
-    return path
-
-
 def folders(root: Path, vis: str, ir: str) -> tuple[Path, Path]:
     """Two folders with images of these names."""
     for role, names in (("vi", vis), ("ir", ir)):
         for name in names.split("|"):
-            write(root / role / name)
+            write_file(root / role / name, COLOUR)
     return root / "vi", root / "ir"
 
 
@@ -123,12 +117,12 @@ def test_one_source_for_both_roles_is_refused_also_through_a_link(tmp_path):
 def test_pairs_of_two_sizes_are_an_error_and_if_all_are_one_error(tmp_path):
     both = folders(tmp_path, "a.png|b.png", "a.png|b.png")
     list_pairs(*both).check_usable()
-    write(tmp_path / "ir/a.png", COLOUR[:, :8])
+    write_file(tmp_path / "ir/a.png", COLOUR[:, :8])
     pair = Pair("a", tmp_path / "vi/a.png", tmp_path / "ir/a.png")
     with pytest.raises(InputError, match=r"11x9 .* 8x9"):
         pair.read()
     list_pairs(*both).check_usable()
-    write(tmp_path / "ir/b.png", COLOUR[:7])
+    write_file(tmp_path / "ir/b.png", COLOUR[:7])
     with pytest.raises(InputError, match=r"not one of 2 pairs can be used. The first: .*11x9 .* 8x9"):
         list_pairs(*both).check_usable()
 
@@ -179,7 +173,7 @@ def test_names_tell_the_task_only_where_both_do(vis, ir, task):
 
 def flat_folder(folder: Path, *names: str) -> Path:
     for name in names:
-        write(folder / name)
+        write_file(folder / name, COLOUR)
     return folder
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 import dataprocessing
 import fuse
 import test_IVF
-from tests.conftest import write_pair
+from tests.conftest import write_file, write_pair
 from utils.common import InputError
 from utils.data import readers
 from utils.data.images import read_colour, read_grey
@@ -37,12 +37,6 @@ COUNTS = RNG.integers(7000, 8000, (20, 30), dtype=np.uint16)  # a 14-bit thermal
 
 def tiff(path: Path, *args: object, **options: object) -> Path:
     tifffile.imwrite(path, *args, **options)
-    return path
-
-
-def png(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
     return path
 
 
@@ -107,20 +101,20 @@ def test_pages_of_a_tiff_file_are_named_and_can_be_chosen(tmp_path, capsys):
 
 
 def test_a_deep_file_that_uses_little_of_its_range_is_named_with_what_helps(tmp_path, capsys):
-    path = png(tmp_path / "a.png", COUNTS)
+    path = write_file(tmp_path / "a.png", COUNTS)
     np.testing.assert_allclose(read_grey(path, Reading("ir")), COUNTS * (255 / 65535), atol=1e-4)
     said = capsys.readouterr().err
     assert f"{path} holds uint16 values from {COUNTS.min()} to {COUNTS.max()}, 1.5% of 0 to 65535" in said
     assert said.count("\n") == 1 and "--ir-range auto" in said
-    read_grey(png(tmp_path / "b.png", COUNTS), Reading("ir"))  # once a folder
+    read_grey(write_file(tmp_path / "b.png", COUNTS), Reading("ir"))  # once a folder
     read_grey(path, Reading("ir", "full"))
     assert capsys.readouterr().err == ""
-    read_grey(png(tmp_path / "vi/a.png", (COUNTS - 6900) // 9), Reading("vi"))  # 8-bit values in a 16-bit file
+    read_grey(write_file(tmp_path / "vi/a.png", (COUNTS - 6900) // 9), Reading("vi"))  # 8-bit values in a 16-bit file
     assert "0.2% of 0 to 65535" in capsys.readouterr().err
 
 
 def test_a_nearly_constant_source_is_named_whatever_its_depth(tmp_path, capsys):
-    read_grey(png(tmp_path / "a.png", np.full((20, 30), 77, np.uint8)))
+    read_grey(write_file(tmp_path / "a.png", np.full((20, 30), 77, np.uint8)))
     assert "a.png is nearly constant: 77.0 to 77.0 of 255" in capsys.readouterr().err
 
 
@@ -132,8 +126,8 @@ def arguments(given: dict) -> argparse.Namespace:
 
 def test_auto_is_one_range_for_all_files_and_is_said(tmp_path, capsys):
     for i, offset in enumerate((0, 500)):
-        png(tmp_path / f"vi/{i}.png", (RGB >> 8).astype(np.uint8))
-        png(tmp_path / f"ir/{i}.png", COUNTS + np.uint16(offset))
+        write_file(tmp_path / f"vi/{i}.png", (RGB >> 8).astype(np.uint8))
+        write_file(tmp_path / f"ir/{i}.png", COUNTS + np.uint16(offset))
     found = read_as(list_pairs(tmp_path / "vi", tmp_path / "ir"), arguments({"ir_range": ["auto"]}))
     low, high = np.percentile(np.stack([COUNTS, COUNTS + 500]), (0.5, 99.5))
     for pair, offset in zip(found.pairs, (0, 500), strict=True):
@@ -153,7 +147,7 @@ def test_alpha_that_varies_is_named_or_taken_as_infrared(tmp_path, capsys):
     rgba = RNG.integers(0, 256, (20, 30, 4), dtype=np.uint8)
     rgba[..., 3] = np.maximum(rgba[..., 3], 1)
     rgba[:5, :, 3] = 0
-    path = png(tmp_path / "a.png", rgba)
+    path = write_file(tmp_path / "a.png", rgba)
     np.testing.assert_array_equal(read_colour(path), rgba[..., 2::-1])
     said = capsys.readouterr().err
     assert "alpha channel from 0 to 255, which is left out; --ir-from-alpha" in said and "25% of its pixels" in said
@@ -162,16 +156,16 @@ def test_alpha_that_varies_is_named_or_taken_as_infrared(tmp_path, capsys):
     read = read_grey(deep, Reading("ir", (7000, 8000), alpha=True))
     np.testing.assert_allclose(read, rescaled(COUNTS, 7000, 8000), atol=1e-3)
     capsys.readouterr()
-    read_grey(png(tmp_path / "opaque/a.png", np.dstack([rgba[..., :3], np.full((20, 30), 255, np.uint8)])))
+    read_grey(write_file(tmp_path / "opaque/a.png", np.dstack([rgba[..., :3], np.full((20, 30), 255, np.uint8)])))
     assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match="no fourth channel"):
-        read_grey(png(tmp_path / "b.png", rgba[..., :3]), Reading("ir", alpha=True))
+        read_grey(write_file(tmp_path / "b.png", rgba[..., :3]), Reading("ir", alpha=True))
 
 
 def test_four_channel_files_fuse_their_fourth_with_their_colours(tmp_path, capsys):
     rgba = cv2.resize(RNG.integers(0, 256, (6, 6, 4), dtype=np.uint8), (60, 50))
     for file, pixels in (("rgbt/a.png", rgba), ("vi.png", rgba[..., :3]), ("ir.png", rgba[..., 3])):
-        png(tmp_path / file, pixels)
+        write_file(tmp_path / file, pixels)
     base = ("--device", "cpu", "--no-check")
     assert fuse.main([*base, "--vi", str(tmp_path / "rgbt"), "--ir-from-alpha", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == ""
@@ -222,7 +216,7 @@ def counts_and_one_bad(folder: Path) -> None:
     for i, name in enumerate(("a.png", "c.png")):
         write_pair(folder, ("vi", "ir"), name, i)
         grey = cv2.imread(str(folder / "ir" / name), cv2.IMREAD_GRAYSCALE)
-        png(folder / "ir" / name, grey.astype(np.uint16) + np.uint16(7000))
+        write_file(folder / "ir" / name, grey.astype(np.uint16) + np.uint16(7000))
     for side in ("vi", "ir"):
         huge_png(folder / side / "b.png")
 
@@ -282,7 +276,7 @@ def test_memory_that_was_allowed_counts_and_what_runs_out_costs_the_pair(tmp_pat
 
 def test_patches_of_constant_sources_are_not_advised_to_be_smaller(tmp_path, capsys):
     for side in ("vi", "ir"):
-        png(tmp_path / side / "a.png", np.full((64, 64), 90, np.uint8))
+        write_file(tmp_path / side / "a.png", np.full((64, 64), 90, np.uint8))
     base = ["--vi", str(tmp_path / "vi"), "--ir", str(tmp_path / "ir"), "--out", str(tmp_path / "p.h5")]
     assert dataprocessing.main([*base, "--patch-size", "32"]) == 2
     said = capsys.readouterr().err
@@ -376,7 +370,7 @@ def test_medical_files_name_the_package_that_is_missing(tmp_path, monkeypatch):
 
 def test_two_constant_sources_are_not_normalised(tmp_path, capsys):
     for side in ("vi", "ir"):
-        png(tmp_path / f"{side}.png", np.zeros((50, 60), np.uint8))
+        write_file(tmp_path / f"{side}.png", np.zeros((50, 60), np.uint8))
     both = ["--vi", str(tmp_path / "vi.png"), "--ir", str(tmp_path / "ir.png"), "--out", str(tmp_path / "f.png")]
     assert fuse.main([*both, "--device", "cpu"]) == 0
     assert read_grey(tmp_path / "f.png").mean() < 10  # it was 54: the border of the network's zero, blown up

@@ -107,8 +107,11 @@ class Ranges:
                 numbers = tuple(float(number) for number in value.split(":"))
                 if isinstance(defaults[name], tuple):
                     changes[name] = numbers * 2 if len(numbers) == 1 else numbers
-                else:
-                    [changes[name]] = map(type(defaults[name]), numbers)
+                    continue
+                [number] = numbers
+                if isinstance(defaults[name], bool) and number not in (0, 1):
+                    raise ValueError(value)
+                changes[name] = type(defaults[name])(number)
             except (KeyError, ValueError) as error:
                 raise InputError(
                     f"degradation {part!r} must be name=low:high or name=value, with a name of {', '.join(defaults)}"
