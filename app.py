@@ -40,7 +40,6 @@ from utils.data.readers import Reading, auto_range, values_in
 from utils.data.registration import edge_shift, register, resize
 from utils.data.sources import Source, read_source
 from utils.inference import fusing
-from utils.inference.fusing import fuse_sources
 from utils.inference.memory import format_size, parse_size
 from utils.metrics import METRICS, PROTOCOLS, score
 from utils.training.monitor import feature_maps
@@ -167,7 +166,7 @@ class Desk:
                 fusing.fuse_arrays(model, *np.zeros((2, side, side), np.float32), skip, normalise=False, **self.how)
                 self.work[system] = done / side**2
             done, total, started = 0, self.work[system] * vis.grey.size, time.monotonic()
-            fused = fuse_sources(model, vis, ir, skip, colour, normalise=model.normalised, **self.how)
+            fused = fusing.fuse_sources(model, vis, ir, skip, colour, normalise=model.normalised, **self.how)
         self.work[system] = done / vis.grey.size
         tell(1, 0)
         facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), decoder image: {skip}, "

@@ -102,7 +102,7 @@ def test_progress_is_told_and_cancel_ends_the_work(visit, pair, monkeypatch):
             layer(torch.empty(10**6))
             time.sleep(0.01)
 
-    monkeypatch.setattr(app, "fuse_sources", fuse_slowly)
+    monkeypatch.setattr(app.fusing, "fuse_sources", fuse_slowly)
     client, ask = visit()
     job, told = client.submit(*ask(*pair), api_name="/fuse"), ""
     end = time.monotonic() + PATIENCE_S
