@@ -72,13 +72,13 @@ class Values(NamedTuple):
 
     Attributes:
         values: as they are in the file, with the slope of a medical file applied.
-        full: the range of the type, None where it has no meaning.
+        full: the range that they can have, where it is not that of their type.
         window: what the file itself wants to be black and white.
         inverted: whether small values are bright.
     """
 
     values: np.ndarray
-    full: tuple[float, float] | None
+    full: tuple[float, float] | None = None
     window: tuple[float, float] | None = None
     inverted: bool = False
 
@@ -201,7 +201,8 @@ def levels_of(name: str, given: Values, reading: Reading) -> np.ndarray:
     Raises:
         InputError: they are not finite, or it is not known which become black and white.
     """
-    values, full, window, inverted = given
+    values, window = given.values, given.window
+    full = given.full or _full_range(values.dtype)
     if not values.size or not np.isfinite(values).all():
         raise InputError(f"{name} holds {'NaN or infinite values' if values.size else 'no pixels'}; replace it")
     low, high = float(values.min()), float(values.max())
@@ -226,7 +227,7 @@ def levels_of(name: str, given: Values, reading: Reading) -> np.ndarray:
         low, high = np.percentile(_sample(levels), PERCENTILES)
         if high - low < NEARLY_CONSTANT:
             _say("constant", name, f"is nearly constant: {low:.1f} to {high:.1f} of 255", reading)
-    return 255 - levels if inverted else levels
+    return 255 - levels if given.inverted else levels
 
 
 def _sample(image: np.ndarray) -> np.ndarray:
@@ -309,7 +310,7 @@ def _read_by_opencv(path: Path, reading: Reading) -> Values:
             _check_page(path, getattr(header, "n_frames", 1), reading, "frames")
             has_alpha = header.mode in ("RGBA", "LA", "PA") or "transparency" in header.info
             if header.format == "GIF" and not reading.alpha:
-                return Values(np.array(header.convert("RGB")), (0, 255))
+                return Values(np.array(header.convert("RGB")))
     except OSError:  # a header that Pillow does not know
         pass
     data = path.read_bytes()  # not cv2.imread: it cannot open every unicode path
@@ -321,7 +322,7 @@ def _read_by_opencv(path: Path, reading: Reading) -> Values:
         with_alpha = _imdecode(path, encoded, alpha=True)
         four = with_alpha.ndim == 3 and with_alpha.shape[2] == 4
         image = _without_alpha(path, image, with_alpha[..., 3:] if four else None, reading)
-    return Values(image, _full_range(image.dtype))
+    return Values(image)
 
 
 def _imdecode(path: Path, encoded: np.ndarray, alpha: bool = False) -> np.ndarray:
@@ -387,8 +388,7 @@ def _read_tiff(path: Path, reading: Reading) -> Values:
             simple &= page.index == 0 and samples <= 3 and page.sampleformat == 1
             if not simple or "failed to read" in str(error):
                 raise InputError(f"{path} is a TIFF file that cannot be read ({error}); convert it") from error
-            image = _imdecode(path, np.fromfile(path, np.uint8))
-            return Values(image, _full_range(image.dtype))
+            return Values(_imdecode(path, np.fromfile(path, np.uint8)))
     if samples > 1 and page.planarconfig == 2:
         values = np.moveaxis(values, 0, -1)
     values = values if values.ndim > 2 else values[..., None]
@@ -424,7 +424,7 @@ def _read_dicom(path: Path, reading: Reading) -> Values:
     if kind == "PALETTE COLOR":
         values = apply_color_lut(values, data)
     if values.ndim == 3:
-        return Values(values, _full_range(values.dtype))
+        return Values(values)
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise InputError(f"{path} has the photometric interpretation {kind}, which is not known here; convert it")
     ends = np.array(_full_range(values.dtype, int(data.BitsStored)), values.dtype)
@@ -464,4 +464,4 @@ def _read_nifti(path: Path, reading: Reading) -> Values:
     # Front up and the patient's right on the left, as DICOM slices are shown.
     values = np.asanyarray(nibabel.as_closest_canonical(part).dataobj)[::-1, ::-1, 0].T
     window = (float(image.header["cal_min"]), float(image.header["cal_max"]))
-    return Values(values, _full_range(values.dtype), window if window[0] < window[1] else None)
+    return Values(values, window=window if window[0] < window[1] else None)

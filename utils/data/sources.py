@@ -50,7 +50,7 @@ def read_sources(pair: Pair) -> tuple[Source, Source]:
 
 def frame_source(name: str, frame: np.ndarray, reading: Reading) -> Source:
     """A frame of a video: uint8 (H, W, 3), red first, or uint16 (H, W)."""
-    return _source(name, levels_of(name, Values(frame, (0, np.iinfo(frame.dtype).max)), reading))
+    return _source(name, levels_of(name, Values(frame), reading))
 
 
 def _source(name: str, pixels: np.ndarray) -> Source:
