@@ -268,6 +268,18 @@ def test_a_bad_frame_of_a_sequence_is_replaced_by_the_one_before_it(tmp_path, ca
     np.testing.assert_array_equal(found[0], found[1])
 
 
+def test_a_video_is_written_and_read_red_first(tmp_path):
+    colours = np.zeros((*SIZE, 3), np.float32)
+    colours[..., 0], colours[10:, :, 1] = 200, 90
+    with VideoFile(tmp_path / "vi.mkv", 25) as video:
+        video.write(colours)
+    np.testing.assert_array_equal(read_video(tmp_path / "vi.mkv")[0][0][..., ::-1], colours)  # blue first in OpenCV
+    [(_, load)] = VideoPair(tmp_path / "vi.mkv", write_video(tmp_path / "ir.mkv", 1))
+    vis, ir = load()
+    np.testing.assert_array_equal(vis.colour, colours)
+    assert ir.colour is None
+
+
 def test_video_whose_path_is_no_utf_8_is_refused(tmp_path):
     vi, ir = (write_video(tmp_path / name, 1) for name in ("vi.avi", "ir.avi"))
     other = tmp_path / os.fsdecode(b"\xff.avi")

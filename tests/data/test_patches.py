@@ -55,27 +55,14 @@ def test_patches_are_the_windows_of_the_images_in_order(folder, tmp_path, layout
             assert file["ir_patchs/0"].shape == (1, 32, 32) and file["ir_patchs/0"].dtype == np.float32
 
 
-def test_several_data_sets_go_into_one_file(folder, tmp_path):
+def test_data_sets_and_folders_go_into_one_file_whose_default_name_is_the_published_one(folder, tmp_path, monkeypatch):
     write_pair(tmp_path / "MED", ("MRI", "PET"), "1.png", 9)
-    assert dataprocessing.main(
-        ["--data", str(folder), str(tmp_path / "MED"), "--patch-size", "32", "--out", str(tmp_path / "p.h5")]
-    ) == 0  # fmt: skip
-    assert len(PatchDataset(tmp_path / "p.h5")) == 4
-
-
-def test_default_name_is_the_published_one(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert dataprocessing.main(["--data", "SET", "--patch-size", "32"]) == 0
-    assert (tmp_path / "data/SET_imgsize_32_stride_200.h5").is_file()
-
-
-def test_folders_can_be_named_one_by_one(folder, tmp_path, capsys):
-    out = tmp_path / "p.h5"
-    options = ["--patch-size", "32", "--out", str(out)]
-    assert dataprocessing.main(["--vi", str(folder / "vi"), "--ir", str(folder / "ir"), *options]) == 0
-    assert len(PatchDataset(out)) == 3
-    assert dataprocessing.main(["--vi", str(folder / "vi"), *options]) == 2
-    assert "as many of one as of the other" in capsys.readouterr().err
+    assert len(PatchDataset("data/SET_imgsize_32_stride_200.h5")) == 3
+    both = ["--vi", "SET/vi", "--ir", "SET/ir", "--patch-size", "32", "--out", "p.h5"]
+    assert dataprocessing.main(["--data", "SET", "MED", *both]) == 0
+    assert len(PatchDataset("p.h5")) == 3 + 1 + 3
 
 
 @pytest.mark.parametrize(
@@ -143,6 +130,7 @@ def test_full_disk_keeps_the_old_file_and_the_last_line_says_why(folder, tmp_pat
         (["--patch-size", "9" * 400], "--patch-size must be"),
         (["--patch-size", "500"], "not one patch was kept"),
         (["--out", "patches.png"], "ends in .h5"),
+        (["--vi", "SET/vi"], "as many of one as of the other"),
         (["--holdout", "1"], "--holdout 1 must be"),
         (["--holdout", "2", "--holdout-size", "40"], "--holdout-size 40"),
         (["--colour", "--layout", "published"], "colour is stored in the layout compact"),
