@@ -233,11 +233,6 @@ def _proposal(vis: list[Path], ir: list[Path]) -> str:
     return f"use {order}equal names for the two files of a pair, such as vi/01.png and ir/01.png"
 
 
-def known_modalities() -> str:
-    """The pairs of sub-folders that a data set may have, for a message."""
-    return ", ".join(f"{'|'.join(vis)} with {'|'.join(ir)}" for _, vis, ir in LAYOUTS)
-
-
 def modalities_in(folder: Path, parts: tuple[str, ...] = PARTS) -> list[tuple[Path, Path]]:
     """Every known combination of sub-folders that hold images, visible or MRI first.
 
@@ -273,8 +268,9 @@ def find_modalities(folder: Path | str) -> tuple[Path, Path]:
         raise FileNotFoundError(f"no folder at {folder}")
     found = modalities_in(folder)
     if not found:
+        known = ", ".join(f"{'|'.join(vis)} with {'|'.join(ir)}" for _, vis, ir in LAYOUTS)
         raise FileNotFoundError(
-            f"{folder} must hold two folders of images, {known_modalities()}, in any case; its sub-folders are "
+            f"{folder} must hold two folders of images, {known}, in any case; its sub-folders are "
             f"{listed(path.name for path in folder.iterdir() if path.is_dir())}. Name two with --vi DIR and --ir DIR"
         )
     if len(found) > 1:
