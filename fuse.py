@@ -10,6 +10,7 @@ python fuse.py --task mif --vi mri.png --ir pet.png --out fused.png             
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -349,7 +350,11 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
     names = {pair.name: name_in_folder(pair, args) for pair in found.pairs} if found else {}
     started = time.perf_counter()
     to_video = is_video(args.out)
-    with VideoFile(args.out, rate) if to_video else FrameFolder(args.out, names, args.suffix, args.bits) as sink:
+    if to_video:
+        target = VideoFile(args.out, rate)
+    else:
+        target = contextlib.nullcontext(FrameFolder(args.out, names, args.suffix, args.bits))
+    with target as sink:
         bad = fuse_frames(session, frames, rate, sink)
     elapsed_s = time.perf_counter() - started
     print(f"{args.out}: {sink.written} {sink.what}, in {elapsed_s:.1f} s ({sink.written / elapsed_s:.2f} a second)")

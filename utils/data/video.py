@@ -213,7 +213,7 @@ class VideoFile:
         bgr = cv2.cvtColor(padded, cv2.COLOR_RGB2BGR)
         if self._writer is None:
             self._writer = self._start(bgr.shape[1], bgr.shape[0])
-        elif self._last is not None and bgr.shape != self._last.shape:  # which OpenCV would leave out without a word
+        elif bgr.shape != self._last.shape:  # which OpenCV would leave out without a word
             raise InputError(f"{self.path}: frame {self.written + 1} is of another size than those before it")
         self._last = bgr
         self.stand_in()
@@ -233,7 +233,7 @@ class VideoFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for codec in CODECS[self.path.suffix.lower()]:
             code = cv2.VideoWriter.fourcc(*codec)
-            writer = cv2.VideoWriter(_for_opencv(self.partial), code, self.rate, (width, height))
+            writer = cv2.VideoWriter(str(self.partial), code, self.rate, (width, height))
             if writer.isOpened():
                 self.codec = codec
                 break
@@ -262,7 +262,7 @@ class VideoFile:
 
 
 class FrameFolder:
-    """Writes frames as images into a folder, with the verbs of `VideoFile`.
+    """Writes frames as images into a folder, with the verbs of `VideoFile`; each file is whole, so nothing is closed.
 
     Args:
         folder: is made.
@@ -277,12 +277,6 @@ class FrameFolder:
         check_writable(folder)
         self.folder, self.names, self.suffix, self.bits = folder, names, suffix or ".png", bits
         self.written = 0
-
-    def __enter__(self) -> FrameFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass  # each file is whole already
 
     def write(self, image: np.ndarray, name: str) -> None:
         write_image(self.folder / self.names.get(name, name + self.suffix), image, bits=self.bits)
