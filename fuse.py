@@ -35,16 +35,7 @@ from utils.common import (
     sigterm_as_ctrl_c,
     whole_file,
 )
-from utils.data.images import (
-    DEEP_SUFFIXES,
-    SUFFIXES,
-    WRITABLE,
-    check_format,
-    luma_of,
-    side_by_side,
-    to_uint8,
-    write_image,
-)
+from utils.data.images import SUFFIXES, WRITABLE, check_format, luma_of, side_by_side, to_uint8, write_image
 from utils.data.pairs import Pair, PairList, add_pair_option, open_pairs, read_as, refuse_one_source, task_of
 from utils.data.readers import add_reading_options, readings_of, stem_of, suffix_of
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography, register
@@ -248,8 +239,7 @@ def name_in_folder(pair: Pair, args: argparse.Namespace) -> str:
     """Annotations name images with their suffix, so that is kept, too, unless it is asked for another one."""
     suffix = args.suffix or (pair.vis.suffix if suffix_of(pair.vis) in WRITABLE else ".png")
     name = (pair.name if args.slice == "all" else stem_of(pair.vis)) + suffix
-    if args.bits == 16 and Path(name).suffix.lower() not in DEEP_SUFFIXES:
-        raise InputError(f"{name} cannot hold 16 bits; add --suffix .png")
+    check_format(Path(name), args.bits)
     return name
 
 

@@ -136,7 +136,8 @@ def check_format(path: Path, bits: int = 8) -> None:
     if path.suffix.lower() not in WRITABLE:
         raise InputError(f"{path}: images cannot be written so; use one of {' '.join(sorted(WRITABLE))}")
     if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
-        raise InputError(f"{path}: this format has no 16 bits; use one of {' '.join(sorted(DEEP_SUFFIXES))}")
+        deep = " ".join(sorted(DEEP_SUFFIXES))
+        raise InputError(f"{path} cannot hold 16 bits; use one of {deep} (in a folder: --suffix .png)")
 
 
 def is_coloured(image: np.ndarray) -> bool:
