@@ -301,7 +301,7 @@ def test_each_scale_is_the_ssim_of_scikit_image():
         )[1][5:-5, 5:-5].mean()
         for source in (a, b)
     ]
-    similarity = metrics._similarity(np.stack([fused, a, b]), with_luminance=True)
+    similarity = metrics._similarity(np.stack([fused, a, b]), metrics._WINDOW, 255)
     assert similarity == pytest.approx(want, rel=1e-9)
 
 

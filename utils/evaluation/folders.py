@@ -6,14 +6,9 @@ named in `Evaluation.problems` and left out; nothing else is.
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,41 +147,17 @@ def _match(
 
 
 def _run(tasks: Sequence[_Task], jobs: int | None) -> Iterator[_Result]:
-    jobs = min(jobs or processors(), len(tasks))
-    if jobs == 1:
-        yield from map(_score_pair, tasks)
-        return
-    # Not forks of this process: OpenCV's threads do not survive a fork, and a worker would wait for them forever.
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    # Threads, because numpy and OpenCV let go of Python's lock while they work.
+    pool = ThreadPoolExecutor(jobs or processors())
     try:
         yield from pool.map(_score_pair, tasks)
-    except BrokenProcessPool:
-        raise InputError("a process that scored was killed, probably for its memory; try --jobs 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed tells nobody, and its workers would wait for work forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def processors() -> int:
     """How many processors this process may use."""
-    with contextlib.suppress(AttributeError):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _score_pair(task: _Task) -> _Result:
