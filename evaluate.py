@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm; "
         "daggers in md and latex")  # fmt: skip
     add("--cost", action="store_true", help="columns with the parameters and the operations for a pair of 640x480, "
-        "where metrics.json or its name says that a method is a system of this repository; half a minute a system")  # fmt: skip
+        "of systems of this repository, by metrics.json or the row's name; half a minute a system")  # fmt: skip
     add("--format", choices=tables.FORMATS, default="text",
         help="default: text; latex: a table for booktabs, with caption and label")  # fmt: skip
     add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
@@ -176,8 +176,8 @@ def check_options(args: argparse.Namespace, methods: Collection[str], metrics: S
 
 
 def count_costs(methods: Mapping[str, Path]) -> dict[str, tuple[float, float]]:
-    """Millions of parameters of a method that is a system of this repository, and 1e9 operations for a pair of 640x480 as
-    PyTorch counts them, a multiplication and an addition as two: only the networks that fuse."""
+    """Millions of parameters and 1e9 operations for a pair of 640x480, of the networks that fuse, where a method is a
+    system of this repository. PyTorch counts: a multiplication and an addition are two operations."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
