@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -159,16 +160,17 @@ class Metric:
 
     key: str  # column name
     name: str
-    better: str  # "higher" or "lower"
-    unit: str
-    value_range: tuple[float, float]
-    reference: str
-    min_side: int  # shortest legal side of the images, in pixels
-    takes_sources: bool  # function(fused, a, b, protocol), or function(fused, protocol)
-    choices: str  # what the protocols choose differently, "" if nothing
-    units: Mapping[str, str]  # of the protocols that have another unit
     function: Callable[..., float]  # the public one
     compute: Callable[["Images", str], float] = field(repr=False)
+    reference: str
+    better: str = "higher"  # or "lower"
+    unit: str = ""
+    low: float = 0.0  # least and largest value
+    high: float = math.inf
+    min_side: int = 1  # shortest legal side of the images, in pixels
+    takes_sources: bool = True  # function(fused, a, b, protocol), or function(fused, protocol)
+    choices: str = ""  # what the protocols choose differently
+    units: Mapping[str, str] = field(default_factory=dict)  # of the protocols that have another unit
 
     def unit_in(self, protocol: str) -> str:
         """The unit under a protocol; "" for a pure number.
@@ -183,24 +185,11 @@ METRICS: dict[str, Metric] = {}
 """Column name -> `Metric`: `TWELVE` in the order in which `score` returns them, then the others."""
 
 
-def metric(
-    key: str,
-    name: str,
-    *,
-    reference: str,
-    better: str = "higher",
-    unit: str = "",
-    low: float = 0.0,
-    high: float = math.inf,
-    min_side: int = 1,
-    takes_sources: bool = True,
-    choices: str = "",
-    units: Mapping[str, str] | None = None,
-) -> Callable[[Callable[["Images", str], float]], Callable[..., float]]:
+def metric(key: str, name: str, **fields: Any) -> Callable[[Callable[["Images", str], float]], Callable[..., float]]:
     """Decorator: makes a metric of a function of (checked images, protocol), and adds it to `METRICS`.
 
-    The decorated function is called as (fused, a, b, protocol="paper"), or (fused, protocol="paper"). Arguments are
-    the fields of `Metric`.
+    The decorated function is called as (fused, a, b, protocol="paper"), or (fused, protocol="paper"). Other arguments
+    are fields of `Metric`; `reference` has to be given.
 
     Raises:
         ValueError: the key is taken.
@@ -215,17 +204,14 @@ def metric(
         def of_one(fused: np.ndarray, protocol: str = "paper") -> float:
             return _scores((fused,), protocol, [key])[key]
 
-        function = functools.wraps(compute)(of_three if takes_sources else of_one)
+        function = functools.wraps(compute)(of_three if fields.get("takes_sources", True) else of_one)
         del function.__wrapped__  # else help() would show the arguments of `compute`
-        scale = f"{unit or 'No unit'}, in [{low:.6g}, {high:.6g}]; {better} is better; sides >= {min_side} pixels."
+        made = METRICS[key] = Metric(key, name, function, compute, **fields)
+        scale = f"{made.unit or 'No unit'}, in [{made.low:.6g}, {made.high:.6g}]; {made.better} is better"
         function.__doc__ = (
-            f"{(compute.__doc__ or name).rstrip()}\n\n    {scale}\n    Arguments and errors as of `score`.\n\n"
-            f"    Source:\n        {reference}\n    "
+            f"{(compute.__doc__ or name).rstrip()}\n\n    {scale}; sides >= {made.min_side} pixels.\n"
+            f"    Arguments and errors as of `score`.\n\n    Source:\n        {made.reference}\n    "
         )
-        METRICS[key] = Metric(
-            key, name, better, unit, (low, high), reference, min_side, takes_sources, choices, units or {}, function,
-            compute,
-        )  # fmt: skip
         return function
 
     return decorate
