@@ -37,9 +37,8 @@ from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.data.pairs import find_modalities
 from utils.evaluation import tables
 from utils.evaluation.folders import Evaluation, evaluate
-from utils.evaluation.plots import box_plots, import_figure
 from utils.evaluation.scores import Row, format_excluded
-from utils.evaluation.statistics import LEVEL, compare, format_statistics, mean_intervals, mean_ranks
+from utils.evaluation.statistics import LEVEL, compare, format_statistics, mean_intervals
 from utils.metrics import METRICS, PROTOCOLS, TABLES, canonical
 
 
@@ -61,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="table (the default: the columns of the protocol's own tables), all (the default with --results), "
         f"or any of {' '.join(METRICS)}")  # fmt: skip
     add("--baselines", action="store_true", help="rows for either source alone and for their average")
-    add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
+    add("--stats", action="store_true", help="95 %% bootstrap intervals of the means")
     add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm; "
         "daggers in md and latex")  # fmt: skip
     add("--cost", action="store_true", help="columns with the parameters and the operations for a pair of 640x480, "
@@ -70,8 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="default: text; latex: a table for booktabs, with caption and label")  # fmt: skip
     add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
     add("--per-image", type=Path, metavar="FILE", help="also write one line an image into this CSV file")
-    add("--plot", type=Path, metavar="FILE",
-        help="also write box plots of each metric, such as to plot.png (needs matplotlib)")  # fmt: skip
     add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
     add("--jobs", type=int, help="pairs scored at a time (default: one for each processor)")
     add("--verify-data", nargs="?", const="", metavar="DIR",
@@ -160,18 +157,16 @@ def check_options(args: argparse.Namespace, methods: Collection[str], metrics: S
         raise InputError(f"--digits must be 0 to 12, got {args.digits}")
     if args.results and set(metrics) != set(METRICS):
         raise InputError("--results keeps a row with every metric; leave out --metrics")
-    if args.compare_protocols and (args.stats or args.against or args.plot or args.cost or args.format == "latex"):
+    if args.compare_protocols and (args.stats or args.against or args.cost or args.format == "latex"):
         raise InputError(
-            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against, --plot, "
-            "--cost and --format latex"
+            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against, --cost and "
+            "--format latex"
         )
     if args.format in ("latex", "md") and args.stats:
         raise InputError(f"--stats prints text or JSON; leave out --format {args.format}")
     if args.against and not set(methods) - {args.against}:
         raise InputError(f"--against {args.against}: there is no other method to test; name more with --fused")
-    if args.plot:
-        import_figure()
-    for path in filter(None, (args.per_image, args.results, args.plot)):
+    for path in filter(None, (args.per_image, args.results)):
         check_writable(path.parent)
 
 
@@ -212,17 +207,14 @@ def report(
         tables.write_per_image(args.per_image, rows)
     if args.results:
         tables.update_results(args.results, rows, commit)
-    if args.plot:
-        box_plots(args.plot, rows, facts[0])
-    for path in filter(None, (args.per_image, args.results, args.plot)):
+    for path in filter(None, (args.per_image, args.results)):
         print(f"written: {path}", file=sys.stderr)
 
     intervals = {row.method: mean_intervals(row) for row in rows} if args.stats else {}
-    ranks = mean_ranks(rows) if args.stats else {}
     if args.format == "json":
         more = {"numpy": np.__version__, "protocols": {row.protocol: PROTOCOLS[row.protocol] for row in rows}}
         if args.stats:
-            more |= {"intervals": intervals, "mean_ranks": ranks}
+            more["intervals"] = intervals
         if args.against:
             more |= {"against": args.against, "comparisons": [vars(c) for c in comparisons]}
         if args.cost:
@@ -253,7 +245,7 @@ def report(
         emit(draw(lines) + "\n\n" + "  \n".join(facts))
     else:
         table = "\n".join([draw(lines), *excluded(rows), *facts])
-        emit("\n\n".join([table, *format_statistics(intervals, ranks, comparisons, args.against, args.digits)]))
+        emit("\n\n".join([table, *format_statistics(intervals, comparisons, args.against, args.digits)]))
 
 
 def emit(text: str) -> None:

@@ -310,11 +310,10 @@ def test_statistics_are_printed_and_in_json(scene, capsys):
     methods = (scene / "Maximum", scene / "Mixture")
     options = ("--fused", *methods, "--data", scene / "SMALL", "--stats", "--against", "Mixture")
     _, out, _ = run(capsys, *options)
-    for part in ("95 % interval of the mean", "mean rank, 1 is best", "minus Mixture", "Wilcoxon"):
+    for part in ("95 % interval of the mean", "minus Mixture", "Wilcoxon"):
         assert part in out
     _, found, _ = run_json(capsys, *options)
     assert found["against"] == "Mixture" and len(found["comparisons"]) == len(PAPER_TABLE)
-    assert found["mean_ranks"]["Maximum"].keys() == set(PAPER_TABLE)
     low, high = found["intervals"]["Maximum"]["EN"]
     assert low <= found["rows"][0]["mean"]["EN"] <= high
 
@@ -338,14 +337,6 @@ def test_daggers_mark_what_differs_significantly(scene, capsys, monkeypatch):
     _, out, _ = run(capsys, *options)
     winner = {"better": "Maximum", "worse": "Mixture"}[signs[0]]
     assert next(line for line in out.splitlines() if line.split()[:2] == ["Maximum", "SD"]).endswith(winner)
-
-
-def test_plots_are_pictures(scene, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib comes with requirements-dev.txt")
-    path = scene / "plots" / "boxes.png"
-    code, _, err = run(capsys, "--fused", scene / "Maximum", scene / "Mixture", "--data", scene / "SMALL",
-                       "--metrics", "EN", "SCD", "--baselines", "--plot", path)  # fmt: skip
-    assert code == 0 and "boxes.png" in err and cv2.imread(str(path)).std() > 10
 
 
 def test_every_metric_is_described(capsys):
