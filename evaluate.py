@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -179,13 +180,15 @@ def count_costs(methods: Mapping[str, Path]) -> dict[str, tuple[float, float]]:
     from zoo import SYSTEMS, find_system
 
     systems = {find_system(name).label: find_system(name) for name in SYSTEMS}
-    of_methods, found = {}, {}
+    found, of_methods = {}, {}
     for method, folder in methods.items():
-        label = method
-        with contextlib.suppress(OSError, ValueError):
-            label = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["system"]
-        of_methods[method] = next((name for name in systems if label.startswith(name)), None)
-    for label in set(filter(None, of_methods.values())):
+        said = method
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["system"]
+        label = next((name for name in systems if said.startswith(name)), None)
+        if label:
+            of_methods[method] = label
+    for label in dict.fromkeys(of_methods.values()):
         system = systems[label]().eval()
         vis, ir = torch.rand(1, 3 if system.takes_colour else 1, 480, 640), torch.rand(1, 1, 480, 640)
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -193,7 +196,7 @@ def count_costs(methods: Mapping[str, Path]) -> dict[str, tuple[float, float]]:
         parts = [getattr(system, part) for part in system.published_networks.values()]
         parameters = sum(p.numel() for part in parts for p in part.parameters())
         found[label] = parameters / 1e6, counter.get_total_flops() / 1e9
-    return {method: found[label] for method, label in of_methods.items() if label}
+    return {method: found[label] for method, label in of_methods.items()}
 
 
 def report(
@@ -235,8 +238,11 @@ def report(
     verdicts = {(c.method, c.metric): c.verdict() for c in comparisons} if args.format != "text" else {}
     lines = tables.table_lines(rows, args.digits, style, verdicts)
     if args.cost:
-        cells = ["{:.2f} {:.0f}".format(*costs[row.method]).split() if row.method in costs else "--" for row in rows]
-        lines = [[*line, *cost] for line, cost in zip(lines, [("parameters, M", "operations, G"), *cells], strict=True)]
+        cells = [["parameters, M", "operations, G"]]
+        for row in rows:
+            parameters, operations = costs.get(row.method, (math.nan, math.nan))
+            cells.append([tables.fixed(parameters, 2), tables.fixed(operations, 0)])
+        lines = [[*line, *cost] for line, cost in zip(lines, cells, strict=True)]
     if args.format == "latex":
         emit("\n".join([tables.latex_table(lines, rows, set_name, args.against), *(f"% {line}" for line in facts)]))
     elif args.format == "md":
@@ -250,7 +256,8 @@ def report(
 
 def emit(text: str) -> None:
     """Prints what the console can show, with a question mark for the rest; a reader who has seen enough may go."""
-    sys.stdout.reconfigure(errors="replace")
+    with contextlib.suppress(AttributeError):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")
     try:
         print(text, flush=True)
     except BrokenPipeError:
