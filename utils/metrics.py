@@ -557,9 +557,8 @@ def vif(images: Images, protocol: str) -> float:
         taps = _gaussian(side, sigma=side / 5)
         if side < 17:
             planes = _filter(planes, taps, step=2)
-        for _, variances, covariances in _local_moments(
-            planes, taps, limit=255 if saturate and side == 17 else math.inf
-        ):
+        limit = 255 if saturate and side == 17 else math.inf
+        for _, variances, covariances in _local_moments(planes, taps, limit=limit):
             # The published order of exceptions comes to this: no gain where it would be negative or where either
             # variance is tiny, and no information in a source of tiny variance.
             fused = variances[0]
@@ -567,8 +566,8 @@ def vif(images: Images, protocol: str) -> float:
             covariances = np.where(fused < _VIF_TINY, 0, np.maximum(covariances, 0))
             gain = covariances / (sources + _VIF_TINY)
             noise = np.maximum(fused - gain * covariances, _VIF_TINY) + _VIF_NOISE
+            kept += np.log(1 + gain * gain * sources / noise).sum(axis=(1, 2))
             # One logarithm for a column of factors: each is below 10^4, so the product of `_ROWS` is no overflow.
-            kept += np.log((1 + gain * gain * sources / noise).prod(axis=1)).sum(axis=1)
             total += np.log((1 + sources / _VIF_NOISE).prod(axis=1)).sum(axis=1)
     # 0 / 0, a constant source, is 1 as published: nothing was there to be lost.
     return float(sum(k / t if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)))
@@ -644,9 +643,8 @@ def ssim(images: Images, protocol: str) -> float:
     if protocol == "vifb":
         images.require_side("SSIM", len(_WINDOW))
         return float(_similarity(images.planes, _WINDOW, 255).sum())
-    return float(
-        _similarity(images.planes, np.ones(_SSIM_SIDE), 2 if protocol == "paper" else 255, _SSIM_SIDE**2).sum()
-    )
+    dynamic_range = 2 if protocol == "paper" else 255
+    return float(_similarity(images.planes, np.ones(_SSIM_SIDE), dynamic_range, _SSIM_SIDE**2).sum())
 
 
 def _similarity(
