@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -171,9 +170,11 @@ def check_options(args: argparse.Namespace, methods: Collection[str], metrics: S
         check_writable(path.parent)
 
 
-def count_costs(methods: Mapping[str, Path]) -> dict[str, tuple[float, float]]:
-    """Millions of parameters and 1e9 operations for a pair of 640x480, of the networks that fuse, where a method is a
-    system of this repository. PyTorch counts: a multiplication and an addition are two operations."""
+def count_costs(methods: Mapping[str, Path]) -> dict[str, dict[str, int]]:
+    """Parameters, and operations for a pair of 640x480, of the methods that are systems of this repository.
+
+    Only the networks that fuse count. PyTorch counts: a multiplication and an addition are two operations.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,12 +196,12 @@ def count_costs(methods: Mapping[str, Path]) -> dict[str, tuple[float, float]]:
             system.fuse(vis, ir, system.skips[0])
         parts = [getattr(system, part) for part in system.published_networks.values()]
         parameters = sum(p.numel() for part in parts for p in part.parameters())
-        found[label] = parameters / 1e6, counter.get_total_flops() / 1e9
+        found[label] = {"parameters": parameters, "operations": counter.get_total_flops()}
     return {method: found[label] for method, label in of_methods.items()}
 
 
 def report(
-    args: argparse.Namespace, evaluation: Evaluation, set_name: str, costs: Mapping[str, tuple[float, float]]
+    args: argparse.Namespace, evaluation: Evaluation, set_name: str, costs: Mapping[str, dict[str, int]]
 ) -> None:
     """Writes files first, then prints: who reads what is printed may close the pipe."""
     rows, commit = evaluation.rows, git_commit()
@@ -221,7 +222,7 @@ def report(
         if args.against:
             more |= {"against": args.against, "comparisons": [vars(c) for c in comparisons]}
         if args.cost:
-            more["millions_of_parameters_and_1e9_operations"] = costs
+            more["costs"] = costs
         emit(tables.format_json(rows, commit, **more))
         return
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -240,8 +241,8 @@ def report(
     if args.cost:
         cells = [["parameters, M", "operations, G"]]
         for row in rows:
-            parameters, operations = costs.get(row.method, (math.nan, math.nan))
-            cells.append([tables.fixed(parameters, 2), tables.fixed(operations, 0)])
+            cost = costs.get(row.method)
+            cells.append([f"{cost['parameters'] / 1e6:.2f}", f"{cost['operations'] / 1e9:.0f}"] if cost else ["-", "-"])
         lines = [[*line, *cost] for line, cost in zip(lines, cells, strict=True)]
     if args.format == "latex":
         emit("\n".join([tables.latex_table(lines, rows, set_name, args.against), *(f"% {line}" for line in facts)]))

@@ -70,7 +70,7 @@ def table_lines(rows: Sequence[Row], digits: int, style: Style, verdicts: Verdic
         for column in columns:
             form = ("{}", style.best, style.second)[ranks[column].get(i, 0)]
             sign = getattr(style, (verdicts or {}).get((row.method, column), ""), "")
-            line.append(form.format(fixed(mean[column], digits)) + sign)
+            line.append(form.format(_fixed(mean[column], digits)) + sign)
         lines.append(line)
     return lines
 
@@ -122,7 +122,7 @@ def protocol_lines(rows: Sequence[Row], method: str, digits: int, style: Style) 
     for key in _columns(rows):
         metric = METRICS[key]
         otherwise = "vifb: mean over the colour channels" if key in TABLES["vifb"] else "nothing"
-        numbers = [fixed(mean[key], digits) for mean in means.values()]
+        numbers = [_fixed(mean[key], digits) for mean in means.values()]
         lines.append([key + getattr(style, metric.better), *numbers, metric.choices or otherwise])
     return lines
 
@@ -245,8 +245,7 @@ def _number(value: float, number: Callable[[float], str]) -> str:
     return "" if math.isnan(value) else number(value)
 
 
-def fixed(value: float, digits: int) -> str:
-    """With so many decimals; "-" for NaN."""
+def _fixed(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
