@@ -14,9 +14,11 @@ PET or SPECT folder as --ir and the visible or MRI folder as --vi; exchanging th
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,8 @@ from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
 from utils.data.pairs import find_modalities
 from utils.evaluation import tables
 from utils.evaluation.folders import Evaluation, evaluate
-from utils.evaluation.plots import box_plots, import_figure
 from utils.evaluation.scores import Row, format_excluded
-from utils.evaluation.statistics import LEVEL, compare, format_statistics, mean_intervals, mean_ranks
+from utils.evaluation.statistics import LEVEL, compare, format_statistics, mean_intervals
 from utils.metrics import METRICS, PROTOCOLS, TABLES, canonical
 
 
@@ -59,17 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="table (the default: the columns of the protocol's own tables), all (the default with --results), "
         f"or any of {' '.join(METRICS)}")  # fmt: skip
     add("--baselines", action="store_true", help="rows for either source alone and for their average")
-    add("--stats", action="store_true", help="95 %% bootstrap intervals of the means, and mean ranks")
+    add("--stats", action="store_true", help="95 %% bootstrap intervals of the means")
     add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm; "
         "daggers in md and latex")  # fmt: skip
+    add("--cost", action="store_true", help="columns with the parameters and the operations for a pair of 640x480, "
+        "of systems of this repository, by metrics.json or the row's name; half a minute a system")  # fmt: skip
     add("--format", choices=tables.FORMATS, default="text",
         help="default: text; latex: a table for booktabs, with caption and label")  # fmt: skip
     add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
     add("--per-image", type=Path, metavar="FILE", help="also write one line an image into this CSV file")
-    add("--plot", type=Path, metavar="FILE",
-        help="also write box plots of each metric, such as to plot.png (needs matplotlib)")  # fmt: skip
     add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
-    add("--jobs", type=int, help="processes (default: one for each processor)")
+    add("--jobs", type=int, help="pairs scored at a time (default: one for each processor)")
     add("--verify-data", nargs="?", const="", metavar="DIR",
         help="compare the sets in this folder with results/manifests/ and exit "
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {line}", file=sys.stderr)
     if not evaluation.rows:
         raise InputError("not one image could be scored; see the warnings above")
-    report(args, evaluation, set_name)
+    report(args, evaluation, set_name, count_costs(methods) if args.cost else {})
     return EXIT_BAD_INPUT if evaluation.problems else 0
 
 
@@ -156,22 +157,52 @@ def check_options(args: argparse.Namespace, methods: Collection[str], metrics: S
         raise InputError(f"--digits must be 0 to 12, got {args.digits}")
     if args.results and set(metrics) != set(METRICS):
         raise InputError("--results keeps a row with every metric; leave out --metrics")
-    if args.compare_protocols and (args.stats or args.against or args.plot or args.format == "latex"):
+    if args.compare_protocols and (args.stats or args.against or args.cost or args.format == "latex"):
         raise InputError(
-            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against, --plot and "
+            "--compare-protocols puts protocols side by side; choose one --protocol for --stats, --against, --cost and "
             "--format latex"
         )
     if args.format in ("latex", "md") and args.stats:
         raise InputError(f"--stats prints text or JSON; leave out --format {args.format}")
     if args.against and not set(methods) - {args.against}:
         raise InputError(f"--against {args.against}: there is no other method to test; name more with --fused")
-    if args.plot:
-        import_figure()
-    for path in filter(None, (args.per_image, args.results, args.plot)):
+    for path in filter(None, (args.per_image, args.results)):
         check_writable(path.parent)
 
 
-def report(args: argparse.Namespace, evaluation: Evaluation, set_name: str) -> None:
+def count_costs(methods: Mapping[str, Path]) -> dict[str, dict[str, int]]:
+    """Parameters, and operations for a pair of 640x480, of the methods that are systems of this repository.
+
+    Only the networks that fuse count. PyTorch counts: a multiplication and an addition are two operations.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from zoo import SYSTEMS, find_system
+
+    systems = {find_system(name).label: find_system(name) for name in SYSTEMS}
+    found, of_methods = {}, {}
+    for method, folder in methods.items():
+        said = method
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["system"]
+        label = next((name for name in systems if said.startswith(name)), None)
+        if label:
+            of_methods[method] = label
+    for label in dict.fromkeys(of_methods.values()):
+        system = systems[label]().eval()
+        vis, ir = torch.rand(1, 3 if system.takes_colour else 1, 480, 640), torch.rand(1, 1, 480, 640)
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            system.fuse(vis, ir, system.skips[0])
+        parts = [getattr(system, part) for part in system.published_networks.values()]
+        parameters = sum(p.numel() for part in parts for p in part.parameters())
+        found[label] = {"parameters": parameters, "operations": counter.get_total_flops()}
+    return {method: found[label] for method, label in of_methods.items()}
+
+
+def report(
+    args: argparse.Namespace, evaluation: Evaluation, set_name: str, costs: Mapping[str, dict[str, int]]
+) -> None:
     """Writes files first, then prints: who reads what is printed may close the pipe."""
     rows, commit = evaluation.rows, git_commit()
     facts = provenance(rows, commit)
@@ -180,57 +211,58 @@ def report(args: argparse.Namespace, evaluation: Evaluation, set_name: str) -> N
         tables.write_per_image(args.per_image, rows)
     if args.results:
         tables.update_results(args.results, rows, commit)
-    if args.plot:
-        box_plots(args.plot, rows, facts[0])
-    for path in filter(None, (args.per_image, args.results, args.plot)):
+    for path in filter(None, (args.per_image, args.results)):
         print(f"written: {path}", file=sys.stderr)
 
     intervals = {row.method: mean_intervals(row) for row in rows} if args.stats else {}
-    ranks = mean_ranks(rows) if args.stats else {}
-    verdicts = {(c.method, c.metric): c.verdict() for c in comparisons}
+    if args.format == "json":
+        more = {"numpy": np.__version__, "protocols": {row.protocol: PROTOCOLS[row.protocol] for row in rows}}
+        if args.stats:
+            more["intervals"] = intervals
+        if args.against:
+            more |= {"against": args.against, "comparisons": [vars(c) for c in comparisons]}
+        if args.cost:
+            more["costs"] = costs
+        emit(tables.format_json(rows, commit, **more))
+        return
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     style = {"md": tables.MARKDOWN, "latex": tables.LATEX}.get(
         args.format, tables.TERMINAL if terminal else tables.PLAIN
     )
-    if args.format != "latex" and not can_print("↑↓"):
-        style = style._replace(higher="^", lower="v")
     draw = tables.markdown_table if args.format == "md" else tables.align
-    if args.format == "json":
-        more = {"numpy": np.__version__, "protocols": {row.protocol: PROTOCOLS[row.protocol] for row in rows}}
-        if args.stats:
-            more |= {"intervals": intervals, "mean_ranks": ranks}
-        if args.against:
-            more |= {"against": args.against, "comparisons": [vars(c) for c in comparisons]}
-        emit(tables.format_json(rows, commit, **more))
-    elif args.compare_protocols:
+    if args.compare_protocols:
         parts = [
             tables.protocol_lines(rows, name, args.digits, style) for name in dict.fromkeys(r.method for r in rows)
         ]
         emit("\n\n".join([*map(draw, parts), "\n".join(facts)]))
-    elif args.format == "latex":
-        lines = tables.table_lines(rows, args.digits, style, verdicts)
+        return
+    verdicts = {(c.method, c.metric): c.verdict() for c in comparisons} if args.format != "text" else {}
+    lines = tables.table_lines(rows, args.digits, style, verdicts)
+    if args.cost:
+        cells = [["parameters, M", "operations, G"]]
+        for row in rows:
+            cost = costs.get(row.method)
+            cells.append([f"{cost['parameters'] / 1e6:.2f}", f"{cost['operations'] / 1e9:.0f}"] if cost else ["-", "-"])
+        lines = [[*line, *cost] for line, cost in zip(lines, cells, strict=True)]
+    if args.format == "latex":
         emit("\n".join([tables.latex_table(lines, rows, set_name, args.against), *(f"% {line}" for line in facts)]))
     elif args.format == "md":
         if args.against:
             facts.append(f"†: significantly worse than {args.against}, ‡: better (Wilcoxon, Holm, p < {LEVEL})")
-        emit(draw(tables.table_lines(rows, args.digits, style, verdicts)) + "\n\n" + "  \n".join(facts))
+        emit(draw(lines) + "\n\n" + "  \n".join(facts))
     else:
-        table = "\n".join([draw(tables.table_lines(rows, args.digits, style)), *excluded(rows), *facts])
-        emit("\n\n".join([table, *format_statistics(intervals, ranks, comparisons, args.against, args.digits)]))
+        table = "\n".join([draw(lines), *excluded(rows), *facts])
+        emit("\n\n".join([table, *format_statistics(intervals, comparisons, args.against, args.digits)]))
 
 
 def emit(text: str) -> None:
     """Prints what the console can show, with a question mark for the rest; a reader who has seen enough may go."""
-    encoding = sys.stdout.encoding or "ascii"
+    with contextlib.suppress(AttributeError):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")
     try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-
-
-def can_print(text: str) -> bool:
-    encoding = sys.stdout.encoding or "ascii"
-    return text.encode(encoding, "replace").decode(encoding) == text
 
 
 def excluded(rows: Sequence[Row]) -> list[str]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import shutil
 import subprocess
@@ -27,10 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import train
-from utils.common import InputError, git_commit, run_script
+from benchmarks import about, parse, write_json
+from utils.common import InputError, run_script
 from utils.data.patches import PatchDataset
 from utils.metrics import PAPER_TABLE
 from zoo import SYSTEMS, TASKS, find_system
@@ -39,27 +37,28 @@ PROBE_STEPS = 4  # a stage, after as many that warm up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="patch file with validation pairs")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
-    budget.add_argument("--steps", type=int, help="for each recipe, instead of minutes")
-    add("--system", choices=SYSTEMS, default="cddfuse")
-    add("--task", choices=TASKS, default="ivf")
-    add("--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any")
-    add("--device", default="auto")
-    add("--out", type=Path, help="folder to keep the runs in (default: a temporary one)")
-    add("--json", type=Path, help="file for the numbers")
-    add("--debug", action="store_true")
-    return run_script(compare, parser.parse_args(argv))
+    def options(add):
+        add("--data", type=Path, required=True, help="patch file with validation pairs")
+        add("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
+        add("--steps", type=int, help="for each recipe, instead of minutes")
+        add("--system", choices=SYSTEMS, default="cddfuse")
+        add("--task", choices=TASKS, default="ivf")
+        add(
+            "--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any"
+        )
+        add("--device", default="auto")
+        add("--out", type=Path, help="folder to keep the runs in (default: a temporary one)")
+
+    return run_script(compare, parse(__doc__, argv, options))
 
 
 def compare(args: argparse.Namespace) -> int:
     if not PatchDataset(args.data).validation:
         raise InputError(f"{args.data} has no validation pairs; make it with `python dataprocessing.py --holdout 20`")
     folder = args.out or Path(tempfile.mkdtemp(prefix="recipes_"))
-    commit = git_commit()  # now: the checkout may change during the runs
+    budget = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
+    setting = {"data": args.data.name, "system": args.system, "task": args.task, **budget, "trained_on": args.device}
+    setting |= about(args.load)
     try:
         folders = {row: folder / str(number) for number, row in enumerate(args.recipes, 1)}
         # All are planned before the first is trained: what is wrong with the last should not show after hours.
@@ -70,19 +69,14 @@ def compare(args: argparse.Namespace) -> int:
     finally:
         if not args.out:
             shutil.rmtree(folder)
-    budget = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
-    about = {"data": args.data.name, "system": args.system, "task": args.task, **budget, "device": args.device,
-             "machine": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-             "torch": str(torch.__version__), "commit": commit}  # fmt: skip
     print("| recipe | steps | patches | minutes | validation total | " + " | ".join(PAPER_TABLE) + " |")
     print("|" + "---|" * (5 + len(PAPER_TABLE)))
     for name, row in rows.items():
         metrics = " | ".join(f"{row['metrics'][name]:.3f}" for name in PAPER_TABLE)
         total = f"{row['losses']['total']:.4f}"
         print(f"| {name} | {row['steps']} | {row['patches']} | {row['minutes']:.1f} | {total} | {metrics} |")
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    if args.json:
-        args.json.write_text(json.dumps({"about": about, "recipes": rows}, indent=1) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    write_json(args.json, {"about": setting, "recipes": rows})
     return 0
 
 

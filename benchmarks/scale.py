@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,9 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.inference import peak_memory
-from benchmarks.metrics import processor
-from utils.common import EXIT_BAD_INPUT, git_commit
+from benchmarks import about, parse, peak_memory, write_json
+from utils.common import EXIT_BAD_INPUT
 from utils.inference.fusing import PRECISIONS, fuse_arrays, keep_freed_memory
 from utils.inference.memory import format_size, parse_size
 from zoo.cddfuse import CDDFuseSystem
@@ -57,20 +55,18 @@ def fuse_noise(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--megapixels", type=float, nargs="+", default=[0.3, 1], help="default: 0.3 1")
-    add("--max-memory", type=parse_size, nargs="+", default=[], metavar="SIZE", help="default: what is free")
-    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--scratch", type=Path, metavar="DIR", help="default: the system's temporary folder")
-    add("--load", default="", help="what else the machine was doing, for the record")
-    add("--json", type=Path, metavar="PATH", help="also write the results there")
-    add("--here", type=Path, help=argparse.SUPPRESS)  # the child: where to save the fused image
-    args = parser.parse_args(argv)
+    def options(add):
+        add("--megapixels", type=float, nargs="+", default=[0.3, 1], help="default: 0.3 1")
+        add("--max-memory", type=parse_size, nargs="+", default=[], metavar="SIZE", help="default: what is free")
+        add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+        add("--scratch", type=Path, metavar="DIR", help="default: the system's temporary folder")
+        add("--here", type=Path, help=argparse.SUPPRESS)  # the child: where to save the fused image
+
+    args = parse(__doc__, argv, options)
     if args.here:
         fuse_noise(args)
         return 0
-    commit, runs, code = git_commit(), [], 0  # now: the checkout may change during the runs
+    report, code = {"benchmark": "scale", "runs": [], **about(args.load)}, 0
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for megapixels in args.megapixels:
             first = None
@@ -91,12 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                       f"{found['cpu_seconds']:.1f} s of processor, wall {found['wall_seconds']:.1f} s, peak "
                       f"{format_size(found['peak'])} ({format_size(found['resident_before'])} before), difference "
                       f"from the first {found['largest_difference']:.1e}", flush=True)  # fmt: skip
-                runs.append(found)
-    if args.json:
-        machine = {"processor": processor(), "threads": torch.get_num_threads(), "load": args.load}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        report = {"benchmark": "scale", "runs": runs, "machine": machine, "versions": versions, "commit": commit}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+                report["runs"].append(found)
+    write_json(args.json, report)
     return code
 
 

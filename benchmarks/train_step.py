@@ -6,18 +6,13 @@
 Both train on the same made patches and take turns in one process, so that whatever else the machine does falls on
 both. On a CPU, times are processor times, which leave out the moments when another program has the processor; wall
 times stand beside them. Peak memory is of a process of its own for each, since one process never gives back what
-it once had: the peak of two steps less what was in use before them. Says something about speed and never about
-quality.
+it once had: the peak of two steps less what was in use before them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
-import resource
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,8 +20,9 @@ import numpy as np
 import torch
 
 import train
+from benchmarks import about, parse, peak_of, time_in_turns, write_json
 from tests import reference_net
-from utils.common import InputError, git_commit, run_script
+from utils.common import InputError, run_script
 from utils.data.patches import Batch, PatchDataset
 from utils.inference.fusing import keep_freed_memory, pick_device
 from utils.training.loop import PassLosses, Run
@@ -34,21 +30,21 @@ from zoo.cddfuse import CDDFuseSystem
 
 WAYS = ("published float32", "ours float32", "ours bfloat16")
 PHASES = (1, 2)
+SIDE = 2048  # of the matrix products that say how fast the machine is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=128, help="side of the patches (default: 128, published)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way and phase (default: 3)")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps of each before: memory settles (default: 3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our step")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory out")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return run_script(time_steps, parser.parse_args(argv))
+    def options(add):
+        add("--size", type=int, default=128, help="side of the patches (default: 128, published)")
+        add("--batch-size", type=int, default=8)
+        add("--rounds", type=int, default=3, help="timed steps of each way and phase (default: 3)")
+        add("--warm-up", type=int, default=3, help="steps of each before: memory settles (default: 3)")
+        add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+        add("--device", default="auto")
+        add("--compile", action="store_true", help="torch.compile our step")
+        add("--no-memory", dest="memory", action="store_false", help="leave the memory out")
+
+    return run_script(time_steps, parse(__doc__, argv, options))
 
 
 def time_steps(args: argparse.Namespace) -> int:
@@ -59,27 +55,23 @@ def time_steps(args: argparse.Namespace) -> int:
             "--warm-up at least 0"
         )
     args.device = pick_device(args.device)
-
     peaks = {way: peak_memory(way, args) for way in WAYS} if args.memory else {}
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    commit = git_commit()  # now: the checkout may change during the runs
-    rate = {name: matrix_rate(args.device, dtype) for name, dtype in
-            (("float32", torch.float32), ("bfloat16", torch.bfloat16))}  # fmt: skip
-    times = time_in_turns({(way, phase): make_step(way, phase, args) for way in WAYS for phase in PHASES}, args)
-    result = {
-        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor(),
-        "threads": args.threads, "torch": str(torch.__version__), "commit": commit, "size": args.size,
-        "batch_size": args.batch_size, "rounds": args.rounds, "compile": args.compile, "matrix_product_flops": rate,
-        "ways": {},
-    }  # fmt: skip
-    print(f"{args.batch_size} patches of {args.size}x{args.size}, {args.device}, {args.threads} threads, "
-          f"{args.rounds} rounds in turns, commit {result['commit']}, torch {result['torch']}")  # fmt: skip
-    for name, value in rate.items():
-        print(f"  matrix products here: {value / 1e9:.0f} GFLOP/s in {name}")
+    report = {"benchmark": "train_step", "size": args.size, "batch_size": args.batch_size, "compile": args.compile,
+              "ways": {}, **about(args.load, args.device)}  # fmt: skip
+    products = {name: matrix_product(args.device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    steps = {(way, phase): make_step(way, phase, args) for way in WAYS for phase in PHASES}
     clock = "wall" if args.device.type == "cuda" else "cpu"
+    rates, _ = time_in_turns(products, rounds=6, device=args.device)
+    times, _ = time_in_turns(steps, args.rounds, args.warm_up, args.device)
+    report["matrix_product_flops"] = {name: 2 * SIDE**3 / min(of[clock]) for name, of in rates.items()}
+    print(f"{args.batch_size} patches of {args.size}x{args.size}, {args.device}, {args.threads} threads, "
+          f"{args.rounds} rounds in turns, commit {report['commit']}, torch {torch.__version__}")  # fmt: skip
+    for name, value in report["matrix_product_flops"].items():
+        print(f"  matrix products here: {value / 1e9:.0f} GFLOP/s in {name}")
     for way in WAYS:
-        row = result["ways"][way] = {}
+        row = report["ways"][way] = {}
         for phase in PHASES:
             seconds, wall = (float(np.median(times[way, phase][kind])) for kind in (clock, "wall"))
             ratio = float(np.median(times[WAYS[0], phase][clock])) / seconds
@@ -92,8 +84,7 @@ def time_steps(args: argparse.Namespace) -> int:
             row["peak_bytes"] = peaks[way]
             share = peaks[way] / peaks[WAYS[0]]
             print(f"  {way:18s} peak memory {peaks[way] / 2**20:.0f} MiB, {share:.2f} of the published step's")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=float) + "\n")
+    write_json(args.json, report)
     return 0
 
 
@@ -143,42 +134,13 @@ def ours(precision: str, phase: int, args: argparse.Namespace) -> Run:
     return run
 
 
-def time_in_turns(steps: dict, args: argparse.Namespace) -> dict:
-    times: dict = {key: {"cpu": [], "wall": []} for key in steps}
-    for number in range(args.warm_up + args.rounds):
-        for key, step in steps.items():
-            synchronise(args.device)
-            cpu, wall = time.process_time(), time.perf_counter()
-            step()
-            synchronise(args.device)
-            if number >= args.warm_up:
-                times[key]["cpu"].append(time.process_time() - cpu)
-                times[key]["wall"].append(time.perf_counter() - wall)
-    return times
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 0) -> float:
-    """FLOP/s of a large matrix product, the best of a few: in processor time on a CPU."""
-    side = side or (8192 if device.type == "cuda" else 1536)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        synchronise(device)
-        clock = time.perf_counter if device.type == "cuda" else time.process_time
-        start = clock()
-        a @ b
-        synchronise(device)
-        best = min(best, clock() - start)
-    return 2 * side**3 / best
+def matrix_product(device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
 
 
 def peak_memory(way: str, args: argparse.Namespace) -> float:
-    """Bytes that two steps of phase 2 need beyond what the process had before them."""
+    """Bytes that two steps of phase 2 need beyond what the process had before them, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (way, args))
 
@@ -186,16 +148,7 @@ def peak_memory(way: str, args: argparse.Namespace) -> float:
 def _peak_memory(way: str, args: argparse.Namespace) -> float:
     torch.set_num_threads(args.threads)
     step = make_step(way, 2, args)
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-        before = torch.cuda.memory_allocated(args.device)
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    step()
-    step()
-    if args.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(args.device) - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return peak_of(lambda: (step(), step()), args.device)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,6 @@ PAPER_GOLDENS = {
 }
 
 
-def test_formula_images_are_those_of_the_goldens():
-    fused, a, b = formula_images()
-    assert a[0, :4].tolist() == [172, 197, 174, 180]
-    assert b[0, :4].tolist() == [164, 144, 127, 154]
-    assert fused[0, :4].tolist() == [168, 173, 153, 168]
-    means = [float(image.mean(dtype=np.float64)) for image in (a, b, fused)]
-    assert means == pytest.approx([127.90057, 127.64630, 127.78534], abs=1e-5)  # printed with five decimals
-
-
 @pytest.mark.parametrize("key", KEYS)
 def test_paper_protocol_gives_the_published_value(key):
     value, tolerance = PAPER_GOLDENS[key]
@@ -109,32 +100,17 @@ def test_standard_ssim_gives_the_value_of_scikit_image_with_range_255():
 # evaluator in the environment above; n, then EN SD SF AG MI MSE CC PSNR SCD VIF Qabf SSIM.
 SET_COLUMNS = ("EN", "SD", "SF", "AG", "MI", "MSE", "CC", "PSNR", "SCD", "VIF", "Qabf", "SSIM")
 SET_GOLDENS = {
-    "TNO": (
-        ("ir", "vi", 25),
-        (6.421302, 26.111648, 6.935344, 2.662416, 1.613883, 1974.749254),
-        (0.564811, 15.321486, 1.541385, 0.574961, 0.357593, 1.016397),
-    ),
-    "RoadScene": (
-        ("ir", "vi", 50),
-        (6.638279, 28.518782, 7.511250, 2.866783, 2.008462, 1894.619263),
-        (0.632504, 16.216914, 1.416170, 0.571773, 0.383475, 0.951000),
-    ),
-    "MRI_CT": (
-        ("CT", "MRI", 21),
-        (4.611499, 57.412090, 19.567079, 4.763847, 2.681064, 1431.389416),
-        (0.843551, 16.196728, 0.998556, 0.455236, 0.373085, 1.321810),
-    ),
-    "MRI_PET": (
-        ("PET", "MRI", 42),
-        (3.820485, 49.974643, 15.415615, 4.340580, 2.125336, 1243.141445),
-        (0.820608, 15.691553, 1.105845, 0.637960, 0.399266, 1.428023),
-    ),
-    "MRI_SPECT": (
-        ("SPECT", "MRI", 73),
-        (3.709882, 44.731773, 10.784548, 2.795092, 2.236041, 550.445476),
-        (0.894817, 19.205477, 0.742330, 0.609947, 0.403740, 1.456216),
-    ),
-}
+    "TNO": ("ir", "vi", 25, 6.421302, 26.111648, 6.935344, 2.662416, 1.613883, 1974.749254,
+            0.564811, 15.321486, 1.541385, 0.574961, 0.357593, 1.016397),
+    "RoadScene": ("ir", "vi", 50, 6.638279, 28.518782, 7.511250, 2.866783, 2.008462, 1894.619263,
+                  0.632504, 16.216914, 1.416170, 0.571773, 0.383475, 0.951000),
+    "MRI_CT": ("CT", "MRI", 21, 4.611499, 57.412090, 19.567079, 4.763847, 2.681064, 1431.389416,
+               0.843551, 16.196728, 0.998556, 0.455236, 0.373085, 1.321810),
+    "MRI_PET": ("PET", "MRI", 42, 3.820485, 49.974643, 15.415615, 4.340580, 2.125336, 1243.141445,
+                0.820608, 15.691553, 1.105845, 0.637960, 0.399266, 1.428023),
+    "MRI_SPECT": ("SPECT", "MRI", 73, 3.709882, 44.731773, 10.784548, 2.795092, 2.236041, 550.445476,
+                  0.894817, 19.205477, 0.742330, 0.609947, 0.403740, 1.456216),
+}  # fmt: skip
 
 
 def averaged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -144,7 +120,7 @@ def averaged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @needs_data
 @pytest.mark.parametrize("name", SET_GOLDENS)
 def test_set_means_equal_those_of_the_published_evaluator(name):
-    (folder_a, folder_b, count), *rows = SET_GOLDENS[name]
+    folder_a, folder_b, count, *want = SET_GOLDENS[name]
     root = Path(os.environ["FUSION_DATA"]) / "test_img" / name
     files = sorted((root / folder_a).iterdir())
     assert len(files) == count
@@ -153,7 +129,7 @@ def test_set_means_equal_those_of_the_published_evaluator(name):
         a, b = read_grey(file), read_grey(root / folder_b / file.name)
         values.append(list(score(averaged(a, b), a, b, metrics=SET_COLUMNS).values()))
     # 2e-6 because the published sums are in float32; 5e-7 because the means were printed with six decimals.
-    assert np.mean(values, axis=0) == pytest.approx([*rows[0], *rows[1]], rel=2e-6, abs=5e-7)
+    assert np.mean(values, axis=0) == pytest.approx(want, rel=2e-6, abs=5e-7)
 
 
 # --- the second implementation -----------------------------------------------------------------------------
@@ -183,20 +159,6 @@ def test_fractions_are_scored_like_the_reference_implementation_except_for_mi():
             assert score(*images, metrics=[key])[key] == pytest.approx(want, rel=1e-8), key
 
 
-@needs_data
-@pytest.mark.parametrize(
-    ("name", "folder_a", "folder_b"),
-    [("TNO", "ir", "vi"), ("MRI_CT", "CT", "MRI"), ("MRI_PET", "PET", "MRI")],
-)
-def test_real_images_are_scored_like_the_reference_implementation(name, folder_a, folder_b):
-    root = Path(os.environ["FUSION_DATA"]) / "test_img" / name
-    for file in sorted((root / folder_a).iterdir())[::20]:
-        sources = (read_grey(root / folder / file.name) for folder in (folder_a, folder_b))
-        a, b = (source[:300, :300].astype(np.float64) for source in sources)
-        fused = averaged(a, b)
-        assert score(fused, a, b) == pytest.approx(reference_score(fused, a, b), rel=1e-6)
-
-
 # --- values worked by hand ---------------------------------------------------------------------------------
 
 
@@ -205,22 +167,9 @@ def test_entropy_equals_the_value_worked_by_hand():
     assert metrics.entropy(image) == pytest.approx(1.5, abs=1e-12)
 
 
-def test_entropy_rounds_halves_to_even_like_the_published_one():
-    assert metrics.entropy(np.array([[2.5, 1.5], [2.0, 2.4]])) == 0.0
-
-
-def test_standard_deviation_divides_by_the_number_of_pixels():
-    assert metrics.standard_deviation(np.array([[0, 0], [0, 4]])) == pytest.approx(math.sqrt(3), abs=1e-12)
-
-
 def test_spatial_frequency_equals_the_value_worked_by_hand():
     image = np.array([[0, 3], [4, 7]], dtype=np.uint8)  # dx = 3, 3; dy = 4, 4; sqrt(9 + 16)
     assert metrics.spatial_frequency(image) == pytest.approx(5.0, abs=1e-12)
-
-
-def test_spatial_frequency_averages_each_direction_over_its_own_differences():
-    image = np.array([[0, 6, 6], [0, 6, 6]])  # dx^2 = 36, 0, 36, 0: mean 18; dy = 0
-    assert metrics.spatial_frequency(image) == pytest.approx(math.sqrt(18), abs=1e-12)
 
 
 def test_average_gradient_halves_inner_differences_only():
@@ -241,21 +190,11 @@ def test_mutual_information_rounds_fractions_like_entropy():
     assert near == metrics.mutual_information(fused, a, b)
 
 
-def test_mean_squared_error_averages_over_the_two_sources():
-    fused, a, b = np.array([[10, 20]]), np.array([[12, 20]]), np.array([[10, 26]])  # (4/2 + 36/2) / 2
-    assert metrics.mean_squared_error(fused, a, b) == pytest.approx(10.0, abs=1e-12)
-
-
 def test_psnr_peak_is_the_maximum_of_fused_under_paper_and_255_under_standard():
     images = np.array([[10, 20]]), np.array([[12, 20]]), np.array([[10, 26]])  # MSE 10
     paper, standard = (metrics.psnr(*images, protocol=protocol) for protocol in ("paper", "standard"))
     assert paper == pytest.approx(10 * math.log10(20**2 / 10), abs=1e-12)
     assert standard == pytest.approx(10 * math.log10(255**2 / 10), abs=1e-12)
-
-
-def test_correlation_coefficient_equals_the_value_worked_by_hand():
-    fused, a, b = np.array([[0, 1, 2]]), np.array([[0, 2, 4]]), np.array([[1, 0, 2]])  # r = 1 and 1/2
-    assert metrics.correlation_coefficient(fused, a, b) == pytest.approx(0.75, abs=1e-12)
 
 
 def test_scd_equals_the_value_worked_by_hand():
@@ -266,32 +205,6 @@ def test_scd_equals_the_value_worked_by_hand():
     assert metrics.scd(fused, a, b) == pytest.approx(r_a + r_b, abs=1e-12)
 
 
-@pytest.mark.parametrize(("protocol", "data_range"), [("paper", 2), ("standard", 255)])
-def test_ssim_of_a_single_window_equals_its_formula(protocol, data_range):
-    fused, a, _ = (image[40:47, 40:47].astype(np.float64) for image in formula_images())
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    covariance = np.cov(fused.ravel(), a.ravel())  # sample covariance: divided by 48
-    mean_f, mean_a = fused.mean(), a.mean()
-    luminance = (2 * mean_f * mean_a + c1) / (mean_f**2 + mean_a**2 + c1)
-    structure = (2 * covariance[0, 1] + c2) / (covariance[0, 0] + covariance[1, 1] + c2)
-    value = metrics.ssim(fused, a, a, protocol=protocol)
-    assert value == pytest.approx(2 * luminance * structure, rel=1e-12)
-
-
-def test_vif_of_a_halved_contrast_follows_from_the_local_variances():
-    # F = A / 2 leaves nothing unexplained: g = 1/2, so v = sum log(1 + s/8) / sum log(1 + s/2) up to 1e-10.
-    a = 2 * np.floor(formula_images()[1].astype(np.float64) / 2)
-    plane, kept, total = a, 0.0, 0.0
-    for side in (17, 9, 5, 3):
-        window = reference_metrics.gaussian_window(side, side / 5)
-        if side < 17:
-            plane = reference_metrics.convolve2d(plane, window, mode="valid")[::2, ::2]
-        mean = reference_metrics.convolve2d(plane, window, mode="valid")
-        s = reference_metrics.convolve2d(plane * plane, window, mode="valid") - mean * mean
-        kept, total = kept + np.sum(np.log(1 + s / 8)), total + np.sum(np.log(1 + s / 2))
-    assert metrics.vif(a / 2, a, a) == pytest.approx(2 * kept / total, rel=1e-9)
-
-
 def test_qabf_of_identical_images_is_the_product_of_the_two_sigmoids_at_one():
     image = formula_images()[0]
     q_angle = 0.9879 / (1 + math.exp(-22 * 0.2))
@@ -300,14 +213,6 @@ def test_qabf_of_identical_images_is_the_product_of_the_two_sigmoids_at_one():
     assert standard == pytest.approx(q_strength * q_angle, rel=1e-12)
     # Under `paper` the strength itself, mostly tens of levels, stands where 1 should.
     assert metrics.qabf(image, image, image) == pytest.approx(0.9994 * q_angle, rel=1e-6)
-
-
-def test_qabf_counts_opposite_edges_as_badly_aligned():
-    # One step, horizontal in the source and vertical in the fused image: the angles differ by pi / 2.
-    source = np.zeros((64, 64))
-    source[:, 32:] = 200
-    aligned = metrics.qabf(source, source, source)
-    assert metrics.qabf(source.T, source, source) < 0.5 * aligned
 
 
 # --- properties --------------------------------------------------------------------------------------------
@@ -343,13 +248,6 @@ def test_inputs_are_left_as_they_were(dtype):
         np.testing.assert_array_equal(image, copy)
 
 
-@pytest.mark.parametrize("key", ["EN", "SD", "SF", "MI", "SCD", "VIF", "AG", "CC", "MSE"])
-def test_a_constant_offset_of_all_images_changes_nothing(key):
-    images = [np.floor(image / 2) for image in made_images(5, 60, 50)]
-    plain = score(*images, metrics=[key])
-    assert score(*(image + 90 for image in images), metrics=[key]) == pytest.approx(plain, rel=1e-9)
-
-
 @pytest.mark.parametrize("protocol", ["paper", "standard"])
 def test_identical_images_get_the_best_value(protocol):
     image = formula_images()[0]
@@ -371,18 +269,7 @@ def test_values_stay_in_the_range_that_the_registry_states(seed, protocol):
     images = [rng.integers(0, 256, size=(45, 52)) for _ in range(2)]
     images += [255 * rng.integers(0, 2, size=(45, 52))]
     for key, value in score(*images, protocol).items():
-        low, high = METRICS[key].value_range
-        assert low <= value <= high, key
-
-
-def test_noise_lowers_every_comparison_with_the_source():
-    image = formula_images()[0].astype(np.float64)
-    noise = np.random.default_rng(0).normal(0, 20, size=image.shape)
-    noisy = np.round(image + noise).clip(0, 255)
-    clean, worse = score(image, image, image), score(noisy, image, image)
-    for key in ("MI", "VIF", "Qabf", "SSIM", "CC", "PSNR"):
-        assert worse[key] < clean[key], key
-    assert worse["MSE"] > clean["MSE"]
+        assert METRICS[key].low <= value <= METRICS[key].high, key
 
 
 def test_large_offset_between_fused_and_source_is_not_lost_in_rounding():
@@ -403,27 +290,15 @@ TEXTURE = made_images(6, 48, 48)[1]
 
 # F, A, B -> what the published evaluator gives, with 0.0 for its -0.0.
 DEGENERATE = {
-    "constant fused, black sources": (
-        (SEVEN, BLACK, BLACK),
-        dict(EN=0.0, SD=0.0, SF=0.0, AG=0.0, MI=0.0, MSE=49.0, CC=NAN, PSNR=0.0, SCD=NAN, VIF=2.0, Qabf=NAN),
-    ),
-    "all black": (
-        (BLACK, BLACK, BLACK),
-        dict(EN=0.0, MI=0.0, MSE=0.0, CC=NAN, PSNR=NAN, SCD=NAN, VIF=2.0, Qabf=NAN, SSIM=2.0),
-    ),
-    "black fused": (
-        (BLACK, TEXTURE, TEXTURE),
-        dict(EN=0.0, MI=0.0, CC=NAN, PSNR=-math.inf, SCD=-2.0, VIF=0.0),
-    ),
-    "one constant source": (
-        (TEXTURE, SEVEN, TEXTURE),
-        dict(CC=NAN, SCD=NAN, VIF=2.0),
-    ),
-    "fused equal to its sources": (
-        (TEXTURE, TEXTURE, TEXTURE),
-        dict(MSE=0.0, CC=1.0, PSNR=math.inf, SCD=NAN, VIF=2.0, SSIM=2.0),
-    ),
-}
+    "constant fused, black sources": ((SEVEN, BLACK, BLACK), dict(
+        EN=0.0, SD=0.0, SF=0.0, AG=0.0, MI=0.0, MSE=49.0, CC=NAN, PSNR=0.0, SCD=NAN, VIF=2.0, Qabf=NAN, Nabf=NAN)),
+    "all black": ((BLACK, BLACK, BLACK), dict(
+        EN=0.0, MI=0.0, MSE=0.0, CC=NAN, PSNR=NAN, SCD=NAN, VIF=2.0, Qabf=NAN, SSIM=2.0)),
+    "black fused": ((BLACK, TEXTURE, TEXTURE), dict(EN=0.0, MI=0.0, CC=NAN, PSNR=-math.inf, SCD=-2.0, VIF=0.0)),
+    "one constant source": ((TEXTURE, SEVEN, TEXTURE), dict(CC=NAN, SCD=NAN, VIF=2.0)),
+    "fused equal to its sources": ((TEXTURE, TEXTURE, TEXTURE), dict(
+        MSE=0.0, CC=1.0, PSNR=math.inf, SCD=NAN, VIF=2.0, SSIM=2.0)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DEGENERATE)
@@ -431,10 +306,6 @@ def test_degenerate_images_give_the_documented_value(case):
     images, want = DEGENERATE[case]
     # v(A, A) misses 1 by about 1e-11, because the definition keeps the unexplained variance above 1e-10.
     assert score(*images, metrics=want) == pytest.approx(want, rel=1e-9, abs=1e-9, nan_ok=True)
-
-
-def test_entropy_of_a_constant_image_is_not_minus_zero():
-    assert math.copysign(1, metrics.entropy(SEVEN)) == 1.0
 
 
 def test_black_images_have_no_paper_psnr_but_an_infinite_standard_one():
@@ -530,12 +401,6 @@ def test_different_shapes_are_refused_and_both_are_named():
         metrics.qcb(GOOD, GOOD, other)
 
 
-def test_small_images_can_be_scored_without_vif():
-    images = [image[:20, :20] for image in made_images(12, 48, 48)]
-    keys = [key for key in KEYS if key != "VIF"]
-    assert list(score(*images, metrics=keys)) == keys
-
-
 def test_unknown_protocols_and_metrics_are_refused_and_the_known_ones_named():
     for call in (score, metrics.ssim, METRICS["MI"].function):
         with pytest.raises(ValueError, match="'legacy', expected one of: paper, standard, vifb, tang-2022, "):
@@ -575,7 +440,7 @@ def test_registry_entries_are_complete():
     }  # fmt: skip
     for key, entry in METRICS.items():
         assert entry.key == key and entry.name and entry.reference
-        assert entry.value_range[0] < entry.value_range[1]
+        assert entry.low < entry.high
         assert getattr(metrics, entry.function.__name__) is entry.function
         for part in (f"({key}).", entry.reference, f"{entry.better} is better", ">>> "):
             assert part in entry.function.__doc__

@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 from scipy.ndimage import correlate, sobel
-from skimage.metrics import structural_similarity
 
 from tests.test_metrics import formula_images, made_images, no_warning_and_no_floating_point_exception  # noqa: F401
 from utils import metrics
@@ -18,14 +17,10 @@ from utils.data.images import read_grey
 from utils.metrics import TABLES, score
 
 # VIFB's names of its metrics, in the order of its files, with ours.
-VIFB_NAMES = dict(
-    zip(
-        "Avg_gradient Cross_entropy Edge_intensity Entropy Mutinf Psnr Qabf Qcb Qcv Rmse Spatial_frequency Ssim "
-        "Variance".split(),
-        TABLES["vifb"],
-        strict=True,
-    )
+THEIRS = (
+    "Avg_gradient Cross_entropy Edge_intensity Entropy Mutinf Psnr Qabf Qcb Qcv Rmse Spatial_frequency Ssim Variance"
 )
+VIFB_NAMES = dict(zip(THEIRS.split(), TABLES["vifb"], strict=True))
 TANG_TOLERANCES = dict.fromkeys(TABLES["tang-2022"], 1e-12) | {"MI": 1e-11, "VIF": 1e-7}
 # Every seventh of the published values, and all of them.
 ROWS = [slice(0, None, 7), pytest.param(slice(None), marks=pytest.mark.slow)]
@@ -115,33 +110,11 @@ def test_vifb_goldens(case):
 
 
 TANG_GOLDENS = {  # in the order of the table
-    "max": (
-        6.88109007451,
-        10.8556932136,
-        0.184020896847,
-        7.65814946193,
-        1.02236988795,
-        0.356304603876,
-        0.465585760307,
-        18.7442608628,
-        0.747882288187,
-        0.0623741655567,
-        60.180756122,
-    ),
-    "grey": (
-        7.45943616264,
-        10.2188887969,
-        0.109687940479,
-        4.6508394009,
-        1.17250547777,
-        0.406327481647,
-        0.371591240027,
-        11.7607603288,
-        0.807810221349,
-        0.0157411483793,
-        66.1604394818,
-    ),
-}
+    "max": (6.88109007451, 10.8556932136, 0.184020896847, 7.65814946193, 1.02236988795, 0.356304603876,
+            0.465585760307, 18.7442608628, 0.747882288187, 0.0623741655567, 60.180756122),
+    "grey": (7.45943616264, 10.2188887969, 0.109687940479, 4.6508394009, 1.17250547777, 0.406327481647,
+             0.371591240027, 11.7607603288, 0.807810221349, 0.0157411483793, 66.1604394818),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TANG_GOLDENS)
@@ -151,11 +124,7 @@ def test_tang_goldens(case):
     assert list(values.values()) == pytest.approx(TANG_GOLDENS[case], rel=1e-11)
     later = score(fused, a, b, "tang-2023", metrics=TABLES["tang-2023"])
     paper = score(fused, a, b)
-    assert {key: later[key] for key in ("SD", "VIF", "SF", "Qabf")} == {
-        key: paper[key] for key in ("SD", "VIF", "SF", "Qabf")
-    }
-    same = ("EN", "MI", "SCD", "AG", "CC", "MSE", "PSNR")
-    assert {key: later[key] for key in same} == {key: values[key] for key in same}
+    assert later == values | {key: paper[key] for key in ("SD", "VIF", "SF", "Qabf")}
 
 
 # --- what the protocols choose, by hand ----------------------------------------------------------------------
@@ -251,11 +220,6 @@ def test_nabf_is_zero_where_no_edge_became_stronger():
     assert metrics.nabf(np.floor(a / 2), a, b) < 0.02  # rounding adds a few edges of one level
 
 
-def test_nabf_of_black_sources_has_no_value():
-    black = np.zeros((8, 8), dtype=np.uint8)
-    assert math.isnan(metrics.nabf(black + 9, black, black))
-
-
 def edges(image):
     """Strength and angle with scipy's Sobel filter, zeros around the image, signs as in a convolution."""
     gx, gy = -sobel(image, axis=1, mode="constant"), sobel(image, axis=0, mode="constant")
@@ -291,18 +255,6 @@ def test_ms_ssim_of_constant_images_is_the_luminance_of_the_last_scale():
     c1 = 2.55**2
     luminance = (2 * 100 * 60 + c1) / (100**2 + 60**2 + c1)
     assert metrics.ms_ssim(fused, a, b) == pytest.approx((1 + luminance**0.1333) / 2, rel=1e-12)
-
-
-def test_each_scale_is_the_ssim_of_scikit_image():
-    fused, a, b = made_images(7, 40, 52)
-    want = [
-        structural_similarity(
-            fused, source, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
-        )[1][5:-5, 5:-5].mean()
-        for source in (a, b)
-    ]
-    similarity = metrics._similarity(np.stack([fused, a, b]), with_luminance=True)
-    assert similarity == pytest.approx(want, rel=1e-9)
 
 
 def halved(image):
@@ -342,14 +294,6 @@ def test_ms_ssim_equals_its_definition_step_by_step():
 def test_the_last_row_of_an_odd_size_counts_twice():
     image = np.array([[[0.0, 4.0, 8.0], [4.0, 8.0, 4.0], [2.0, 6.0, 10.0]]])
     assert metrics._blocks_of_two(image).tolist() == [[[4.0, 6.0], [4.0, 10.0]]]
-
-
-def test_ms_ssim_falls_with_noise():
-    _, a, _ = made_images(2, 161, 163)
-    noise = np.random.default_rng(0).normal(size=a.shape)
-    values = [metrics.ms_ssim((a + sigma * noise).clip(0, 255), a, a) for sigma in (0, 5, 20, 80)]
-    assert values[0] == pytest.approx(1, abs=1e-12)
-    assert values == sorted(values, reverse=True) and values[-1] < 0.9
 
 
 def test_a_negative_scale_counts_as_zero():

@@ -19,10 +19,12 @@ Needs numpy and nothing else; the file can be copied into another project as it 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -158,16 +160,17 @@ class Metric:
 
     key: str  # column name
     name: str
-    better: str  # "higher" or "lower"
-    unit: str
-    value_range: tuple[float, float]
-    reference: str
-    min_side: int  # shortest legal side of the images, in pixels
-    takes_sources: bool  # function(fused, a, b, protocol), or function(fused, protocol)
-    choices: str  # what the protocols choose differently, "" if nothing
-    units: Mapping[str, str]  # of the protocols that have another unit
     function: Callable[..., float]  # the public one
     compute: Callable[["Images", str], float] = field(repr=False)
+    reference: str
+    better: str = "higher"  # or "lower"
+    unit: str = ""
+    low: float = 0.0  # least and largest value
+    high: float = math.inf
+    min_side: int = 1  # shortest legal side of the images, in pixels
+    takes_sources: bool = True  # function(fused, a, b, protocol), or function(fused, protocol)
+    choices: str = ""  # what the protocols choose differently
+    units: Mapping[str, str] = field(default_factory=dict)  # of the protocols that have another unit
 
     def unit_in(self, protocol: str) -> str:
         """The unit under a protocol; "" for a pure number.
@@ -182,24 +185,11 @@ METRICS: dict[str, Metric] = {}
 """Column name -> `Metric`: `TWELVE` in the order in which `score` returns them, then the others."""
 
 
-def metric(
-    key: str,
-    name: str,
-    *,
-    reference: str,
-    better: str = "higher",
-    unit: str = "",
-    low: float = 0.0,
-    high: float = math.inf,
-    min_side: int = 1,
-    takes_sources: bool = True,
-    choices: str = "",
-    units: Mapping[str, str] | None = None,
-) -> Callable[[Callable[["Images", str], float]], Callable[..., float]]:
+def metric(key: str, name: str, **fields: Any) -> Callable[[Callable[["Images", str], float]], Callable[..., float]]:
     """Decorator: makes a metric of a function of (checked images, protocol), and adds it to `METRICS`.
 
-    The decorated function is called as (fused, a, b, protocol="paper"), or (fused, protocol="paper"). Arguments are
-    the fields of `Metric`.
+    The decorated function is called as (fused, a, b, protocol="paper"), or (fused, protocol="paper"). Other arguments
+    are fields of `Metric`; `reference` has to be given.
 
     Raises:
         ValueError: the key is taken.
@@ -214,17 +204,14 @@ def metric(
         def of_one(fused: np.ndarray, protocol: str = "paper") -> float:
             return _scores((fused,), protocol, [key])[key]
 
-        function = functools.wraps(compute)(of_three if takes_sources else of_one)
+        function = functools.wraps(compute)(of_three if fields.get("takes_sources", True) else of_one)
         del function.__wrapped__  # else help() would show the arguments of `compute`
-        scale = f"{unit or 'No unit'}, in [{low:.6g}, {high:.6g}]; {better} is better; sides >= {min_side} pixels."
+        made = METRICS[key] = Metric(key, name, function, compute, **fields)
+        scale = f"{made.unit or 'No unit'}, in [{made.low:.6g}, {made.high:.6g}]; {made.better} is better"
         function.__doc__ = (
-            f"{(compute.__doc__ or name).rstrip()}\n\n    {scale}\n    Arguments and errors as of `score`.\n\n"
-            f"    Source:\n        {reference}\n    "
+            f"{(compute.__doc__ or name).rstrip()}\n\n    {scale}; sides >= {made.min_side} pixels.\n"
+            f"    Arguments and errors as of `score`.\n\n    Source:\n        {made.reference}\n    "
         )
-        METRICS[key] = Metric(
-            key, name, better, unit, (low, high), reference, min_side, takes_sources, choices, units or {}, function,
-            compute,
-        )  # fmt: skip
         return function
 
     return decorate
@@ -233,19 +220,6 @@ def metric(
 # --- Checked images, and what several metrics need of them -----------------------------------------------------------
 
 _ROWS = 32  # worked on at a time: few enough to stay in the cache, enough to be worth a call
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Population variances and covariances, in grey levels squared.
-
-    The differences are moments of their own, because var(F) + var(A) - 2 cov(F, A) loses all digits where F is close
-    to A.
-    """
-
-    variances: np.ndarray  # of F, A, B, F - A, F - B: (5,); of F alone without sources: (1,)
-    with_fused: np.ndarray  # cov(A, F), cov(B, F): (2,)
-    with_difference: np.ndarray  # cov(A, F - B), cov(B, F - A): (2,)
 
 
 class Images:
@@ -274,43 +248,42 @@ class Images:
         return np.stack([image.astype(np.uint8) for image in whole])
 
     @cached_property
-    def are_whole(self) -> bool:
-        return all(np.array_equal(level, image) for level, image in zip(self.levels, self.grey, strict=True))
-
-    @cached_property
     def planes(self) -> np.ndarray:
         """All images as (n, H, W): uint8 if they hold whole levels, 8 times smaller, else float64."""
-        return self.levels if self.are_whole else np.stack(self.grey).astype(np.float64, copy=False)
+        are_whole = all(np.array_equal(level, image) for level, image in zip(self.levels, self.grey, strict=True))
+        return self.levels if are_whole else np.stack(self.grey).astype(np.float64, copy=False)
 
     @cached_property
     def means(self) -> np.ndarray:
         return np.array([image.mean(dtype=np.float64) for image in self.grey])
 
     @cached_property
-    def moments(self) -> _Moments:
-        planes = self.planes.reshape(len(self.grey), -1)
-        variances, with_fused, with_difference = (np.zeros(n) for n in (2 * len(planes) - 1, 2, 2))
+    def covariances(self) -> np.ndarray:
+        """Population covariances of F, A, B, F - A and F - B, in grey levels squared: (5, 5); (1, 1) without sources.
+
+        The differences have rows of their own, because var(F) + var(A) - 2 cov(F, A) loses all digits where F is close
+        to A.
+        """
+        planes, products = self.planes.reshape(len(self.grey), -1), 0.0
         # Runs of pixels that stay in the cache, and for which BLAS does not start threads.
         for start in range(0, planes.shape[1], 8192):
-            run = planes[:, start : start + 8192].astype(np.float64)
-            run -= self.means[:, None]
-            rows = [*run, *(run[0] - run[1:])]
-            variances += [row @ row for row in rows]
-            if len(rows) > 1:
-                f, a, b, f_minus_a, f_minus_b = rows
-                with_fused += (a @ f, b @ f)
-                with_difference += (a @ f_minus_b, b @ f_minus_a)
-        variances /= planes.shape[1]
+            run = planes[:, start : start + 8192] - self.means[:, None]
+            rows = np.concatenate([run, run[0] - run[1:]])
+            products = products + rows @ rows.T
+        found = products / planes.shape[1]
         # A standard deviation under 1e-10 grey levels is rounding, not signal: one 8-bit pixel that differs by one
         # level among 100 million gives 1e-4.
-        variances[variances < 1e-20] = 0
-        return _Moments(variances, with_fused / planes.shape[1], with_difference / planes.shape[1])
+        return np.where(np.abs(found) < 1e-20, 0, found)
+
+    def correlation(self, i: int, j: int) -> float:
+        """Pearson correlation of two rows of `covariances`; NaN where one is constant."""
+        product = self.covariances[i, i] * self.covariances[j, j]
+        return float(self.covariances[i, j] / math.sqrt(product)) if product else math.nan
 
     @cached_property
     def squared_errors(self) -> np.ndarray:
         """Mean squared differences of F from A and from B, in grey levels squared: (2,)."""
-        offsets = self.means[0] - self.means[1:]
-        return self.moments.variances[3:] + offsets**2
+        return self.covariances.diagonal()[3:] + (self.means[0] - self.means[1:]) ** 2
 
     @cached_property
     def min_max_normalised(self) -> np.ndarray | None:
@@ -359,58 +332,65 @@ def _gaussian(side: int, sigma: float) -> np.ndarray:
 _BLOCK = 12  # outputs of one matrix product, found by measurement
 
 
-def _band(taps: np.ndarray, outputs: int, step: int) -> np.ndarray:
-    band = np.zeros((outputs, (outputs - 1) * step + len(taps)))
+def _filter(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
+    """Whole windows weighted by the outer product of `taps`, every step-th: (n, H, W) -> about (n, H, W) / step."""
+    count, height, width = planes.shape
+    tall = np.empty((count, (height - len(taps)) // step + 1, width))
+    wide = np.empty((count * tall.shape[1], (width - len(taps)) // step + 1))
+    block = _BLOCK // step
+    band = np.zeros((block, (block - 1) * step + len(taps)))
     for i, row in enumerate(band):
         row[i * step : i * step + len(taps)] = taps
-    return band
-
-
-def _filter_columns(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
-    """Whole windows along the columns, every step-th: (n, H, W) -> (n, (H - len(taps)) // step + 1, W)."""
-    count, height, width = planes.shape
-    out = np.empty((count, (height - len(taps)) // step + 1, width))
-    block = _BLOCK // step
-    band = _band(taps, block, step)
     # At most 2^18 products at a time: above that BLAS starts threads, which cost more than they gain.
     columns = 2**18 // band.size
-    for top in range(0, out.shape[1], block):
-        target = out[:, top : top + block]
+    for top, left in itertools.product(range(0, tall.shape[1], block), range(0, width, columns)):
+        target = tall[:, top : top + block, left : left + columns]
         reach = (target.shape[1] - 1) * step + len(taps)
-        for left in range(0, width, columns):
-            source = planes[:, top * step : top * step + reach, left : left + columns]
-            np.matmul(band[: target.shape[1], :reach], source, out=target[:, :, left : left + columns])
-    return out
-
-
-def _filter_rows(planes: np.ndarray, taps: np.ndarray, step: int = 1) -> np.ndarray:
-    """Whole windows along the rows, every step-th: (n, H, W) -> (n, H, (W - len(taps)) // step + 1)."""
-    count, height, width = planes.shape
-    lines = planes.reshape(count * height, width)
-    out = np.empty((count * height, (width - len(taps)) // step + 1))
-    block = _BLOCK // step
-    band = np.ascontiguousarray(_band(taps, block, step).T)
-    for left in range(0, out.shape[1], block):
-        target = out[:, left : left + block]
+        source = planes[:, top * step : top * step + reach, left : left + columns]
+        np.matmul(band[: target.shape[1], :reach], source, out=target)
+    lines, band = tall.reshape(-1, width), np.ascontiguousarray(band.T)
+    for left in range(0, wide.shape[1], block):
+        target = wide[:, left : left + block]
         reach = (target.shape[1] - 1) * step + len(taps)
         np.matmul(lines[:, left * step : left * step + reach], band[:reach, : target.shape[1]], out=target)
-    return out.reshape(count, height, -1)
+    return wide.reshape(*tall.shape[:2], -1)
+
+
+def _local_moments(
+    planes: np.ndarray, taps: np.ndarray, weight: int = 1, limit: float = math.inf
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Local means and variances of F, A, B, (3, h, w), and covariances of F with A, B, (2, h, w), some rows at a time.
+
+    The windows are the outer product of `taps`, whole ones only. Where the taps add up to more than 1, `weight` is
+    their sum squared, means are `weight` times as large and the others `weight`^2 times: then whole levels stay whole,
+    and nothing is rounded. Otherwise a variance can come out below 0. Products of levels end at `limit`.
+    """
+    for top in range(0, planes.shape[1] - len(taps) + 1, _ROWS):
+        tile = planes[:, top : top + _ROWS + len(taps) - 1]
+        products = np.empty((8, *tile.shape[1:]))  # F, A, B, FF, AA, BB, FA, FB
+        products[:3] = tile
+        np.multiply(products[:3], products[:3], out=products[3:6])
+        np.multiply(products[0], products[1:3], out=products[6:])
+        if limit < math.inf:
+            np.minimum(products[3:], limit, out=products[3:])
+        sums = _filter(products, taps)
+        means, variances, covariances = sums[:3], sums[3:6], sums[6:]
+        if weight > 1:
+            sums[3:] *= weight
+        variances -= means * means
+        covariances -= means[0] * means[1:]
+        yield means, variances, covariances
 
 
 def _sobel_sums(padded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sobel sums gx, gy in the dtype given: (n, h + 2, w + 2) -> two of (n, h, w).
+    """Sobel sums gx, gy: (n, h + 2, w + 2) -> two of (n, h, w).
 
     The signs are those of a convolution, which flips the kernels; they matter where an angle of +pi/2, given to
     gx = 0, meets one close to -pi/2.
     """
-    smooth = 2 * padded[:, 1:-1]
-    smooth += padded[:, :-2]
-    smooth += padded[:, 2:]
-    gx = smooth[:, :, :-2] - smooth[:, :, 2:]
-    smooth = 2 * padded[:, :, 1:-1]
-    smooth += padded[:, :, :-2]
-    smooth += padded[:, :, 2:]
-    return gx, smooth[:, 2:] - smooth[:, :-2]
+    down = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    across = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    return down[:, :, :-2] - down[:, :, 2:], across[:, 2:] - across[:, :-2]
 
 
 def _sobel_sums_as_conv2(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -425,15 +405,8 @@ def _sobel_sums_as_conv2(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _edges(gx: np.ndarray, gy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Strength and angle in (-pi/2, pi/2] of Sobel sums, float64."""
-    gx, gy = gx.astype(np.float64, copy=False), gy.astype(np.float64, copy=False)
-    strength = gx * gx
-    strength += gy * gy
-    np.sqrt(strength, out=strength)
     upright = gx == 0
-    gx[upright] = 1
-    gy /= gx
-    gy[upright] = np.inf
-    return strength, np.arctan(gy, out=gy)
+    return np.sqrt(gx * gx + gy * gy), np.arctan(np.where(upright, np.inf, gy) / np.where(upright, 1, gx))
 
 
 # --- The twelve ------------------------------------------------------------------------------------------------------
@@ -474,7 +447,7 @@ def standard_deviation(images: Images, protocol: str) -> float:
     if protocol == "tang-2022":
         above = np.floor(images.levels[0] - images.means[0] + 0.5).clip(min=0)
         return math.sqrt(np.mean(np.minimum(above * above, 255)))
-    return math.sqrt(images.moments.variances[0])
+    return math.sqrt(images.covariances[0, 0])
 
 
 @metric("SF", "spatial frequency", unit="grey levels per pixel", high=255.0 * math.sqrt(2.0), min_side=2,
@@ -547,18 +520,9 @@ def scd(images: Images, protocol: str) -> float:
     >>> round(scd(a + b, a, b), 12)
     2.0
     """
-    _, var_a, var_b, var_f_minus_a, var_f_minus_b = images.moments.variances
-    a_with_rest, b_with_rest = images.moments.with_difference
-    return _pearson(a_with_rest, var_a, var_f_minus_b) + _pearson(b_with_rest, var_b, var_f_minus_a)
+    return images.correlation(1, 4) + images.correlation(2, 3)
 
 
-def _pearson(covariance: float, variance_x: float, variance_y: float) -> float:
-    if min(variance_x, variance_y) == 0:
-        return math.nan
-    return float(covariance / math.sqrt(variance_x * variance_y))
-
-
-_VIF_ROWS = 36  # in the cache at a time, found by measurement
 _VIF_TINY = 1e-10  # a variance below this is none
 _VIF_NOISE = 2.0  # variance of the observer's noise, in grey levels squared
 
@@ -586,87 +550,27 @@ def vif(images: Images, protocol: str) -> float:
     2.0
     """
     kept, total = np.zeros(2), np.zeros(2)  # information in F about A and B; information in A and B
-    planes, means = images.planes, images.means[:, None, None]
+    saturate = protocol == "tang-2022"
+    # Variances do not depend on the means, but lose fewer digits without them.
+    planes = images.planes - (0 if saturate else images.means[:, None, None])
     for side in (17, 9, 5, 3):
         taps = _gaussian(side, sigma=side / 5)
         if side < 17:
-            planes, means = _halve(planes, means, taps), np.zeros_like(means)
-        saturate = protocol == "tang-2022" and side == 17
-        for variances, covariances in _local_statistics(planes, means, taps, saturate):
-            fused, sources = variances[0], variances[1:]
+            planes = _filter(planes, taps, step=2)
+        limit = 255 if saturate and side == 17 else math.inf
+        for _, variances, covariances in _local_moments(planes, taps, limit=limit):
             # The published order of exceptions comes to this: no gain where it would be negative or where either
             # variance is tiny, and no information in a source of tiny variance.
-            np.maximum(covariances, 0, out=covariances)
-            if fused.min() < _VIF_TINY:
-                covariances *= fused >= _VIF_TINY
-            if sources.min() < _VIF_TINY:
-                sources *= sources >= _VIF_TINY
+            fused = variances[0]
+            sources = np.where(variances[1:] < _VIF_TINY, 0, variances[1:])
+            covariances = np.where(fused < _VIF_TINY, 0, np.maximum(covariances, 0))
             gain = covariances / (sources + _VIF_TINY)
-            noise = np.multiply(gain, covariances, out=covariances)
-            np.subtract(fused, noise, out=noise)
-            np.maximum(noise, _VIF_TINY, out=noise)
-            noise += _VIF_NOISE
-            gain *= gain
-            gain *= sources
-            gain /= noise
-            gain += 1
-            sources *= 1 / _VIF_NOISE
-            sources += 1
-            kept += np.log(gain).sum(axis=(1, 2)) if saturate else _sums_of_logs(gain)
-            total += _sums_of_logs(sources)
+            noise = np.maximum(fused - gain * covariances, _VIF_TINY) + _VIF_NOISE
+            kept += np.log(1 + gain * gain * sources / noise).sum(axis=(1, 2))
+            # One logarithm for a column of factors: each is below 10^4, so the product of `_ROWS` is no overflow.
+            total += np.log((1 + sources / _VIF_NOISE).prod(axis=1)).sum(axis=1)
     # 0 / 0, a constant source, is 1 as published: nothing was there to be lost.
     return float(sum(k / t if t > 0 else 1.0 for k, t in zip(kept, total, strict=True)))
-
-
-def _sums_of_logs(factors: np.ndarray) -> np.ndarray:
-    """Sum of log over the last two axes: (2, h, w) -> (2,). One logarithm per column of h factors.
-
-    The product cannot overflow: a factor is at most 1 + (255 / 2)^2 / 2 < 10^4, and h at most `_VIF_ROWS`.
-    """
-    return np.log(np.multiply.reduce(factors, axis=1)).sum(axis=1)
-
-
-def _local_statistics(
-    planes: np.ndarray, means: np.ndarray, taps: np.ndarray, saturate: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Weighted variances of F, A, B, (3, h, w), and covariances of F with A, B, (2, h, w), for some rows at a time.
-
-    The weights are the outer product of `taps` with itself, over pixels with a whole window. Variances do not depend
-    on `means`, (3, 1, 1), but lose fewer digits without them, and a constant image becomes all 0. By rounding, a
-    variance can come out below 0. With `saturate`, products of levels end at 255.
-    """
-    _, height, width = planes.shape
-    overlap = len(taps) - 1
-    rows = np.empty((8, _VIF_ROWS + overlap, width))  # F, A, B, FF, AA, BB, FA, FB
-    for top in range(0, height - overlap, _VIF_ROWS):
-        tile = planes[:, top : top + _VIF_ROWS + overlap]
-        products = rows[:, : tile.shape[1]]
-        centred = products[:3]
-        centred[:] = tile
-        if not saturate:
-            centred -= means
-        np.multiply(centred, centred, out=products[3:6])
-        np.multiply(centred[0], centred[1:], out=products[6:])
-        if saturate:
-            np.minimum(products[3:], 255, out=products[3:])
-        averages = _filter_rows(_filter_columns(products, taps), taps)
-        local_means, variances, covariances = averages[:3], averages[3:6], averages[6:]
-        covariances -= local_means[0] * local_means[1:]
-        local_means *= local_means
-        variances -= local_means
-        yield variances, covariances
-
-
-def _halve(planes: np.ndarray, means: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """Smooth planes - means, then keep every second row and column from 0: about (n, H / 2, W / 2)."""
-    count, height, width = planes.shape
-    out = np.empty((count, (height - len(taps)) // 2 + 1, (width - len(taps)) // 2 + 1))
-    for top in range(0, out.shape[1], _VIF_ROWS):
-        target = out[:, top : top + _VIF_ROWS]
-        tile = planes[:, 2 * top : 2 * (top + target.shape[1] - 1) + len(taps)].astype(np.float64)
-        tile -= means
-        target[:] = _filter_rows(_filter_columns(tile, taps, step=2), taps, step=2)
-    return out
 
 
 @metric("Qabf", "edge preservation", high=0.9994 * 0.9879, min_side=3,
@@ -689,45 +593,26 @@ def qabf(images: Images, protocol: str) -> float:
     >>> 0.97 < qabf(image, image, image) < 0.98
     True
     """
-    # Sobel sums of whole levels stay within +-1020: exact in 16 bits, at a quarter of the traffic.
-    planes, dtype, sobel_sums = images.planes, np.int16 if images.are_whole else np.float64, _sobel_sums
+    planes, sobel_sums = images.planes, _sobel_sums
     if protocol == "tang-2022":
-        planes, dtype, sobel_sums = images.levels / 255, np.float64, _sobel_sums_as_conv2
+        planes, sobel_sums = images.levels / 255, _sobel_sums_as_conv2
     padded = np.pad(planes, ((0, 0), (1, 1), (1, 1)))
     kept = total = 0.0
     for top in range(0, images.shape[0], _ROWS):
-        strength, angle = _edges(*sobel_sums(padded[:, top : top + _ROWS + 2].astype(dtype)))
+        strength, angle = _edges(*sobel_sums(padded[:, top : top + _ROWS + 2].astype(np.float64)))
         fused, sources = strength[0], strength[1:]
-        ratio = np.minimum(fused, sources)
-        stronger = np.maximum(fused, sources)
-        equal = ratio == stronger
-        stronger[stronger == 0] = 1  # both 0: the pixel has no weight, any ratio will do
-        ratio /= stronger
-        if protocol != "standard":
-            # From 3 on the sigmoid is flat to the last bit, and exp would leave the range of a float.
-            np.copyto(ratio, np.minimum(fused, 3), where=equal)
-        difference = np.abs(angle[1:] - angle[0])
-        loss = _loss_of_edges(ratio, difference)
-        kept += float(np.sum(np.divide(sources, loss, out=loss)))
+        weaker, stronger = np.minimum(fused, sources), np.maximum(fused, sources)
+        ratio = weaker / np.maximum(stronger, 1e-300)  # where both are 0 the pixel has no weight: any ratio will do
+        # From 3 on the sigmoid is flat to the last bit, and exp would leave the range of a float.
+        np.copyto(ratio, 1 if protocol == "standard" else np.minimum(fused, 3), where=weaker == stronger)
+        kept += float(np.sum(sources * _preservation(ratio, angle[1:] - angle[0])))
         total += float(np.sum(sources))
-    return 0.9994 * 0.9879 * kept / total if total > 0 else math.nan
+    return kept / total if total > 0 else math.nan
 
 
-def _loss_of_edges(ratio: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """(1 + exp(-15 (G - 0.5))) (1 + exp(-22 (D - 0.8))), D = 1 - difference / (pi / 2), in place: then
-    Q = 0.9994 * 0.9879 / loss."""
-    loss = _one_plus_exp(ratio, -15, 7.5)
-    loss *= _one_plus_exp(difference, 44 / np.pi, -4.4)
-    return loss
-
-
-def _one_plus_exp(values: np.ndarray, slope: float, offset: float) -> np.ndarray:
-    """1 + exp(slope * values + offset), in place."""
-    values *= slope
-    values += offset
-    np.exp(values, out=values)
-    values += 1
-    return values
+def _preservation(ratio: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Q of `qabf` from the ratio of two strengths and the difference of their angles."""
+    return 0.9994 * 0.9879 / ((1 + np.exp(7.5 - 15 * ratio)) * (1 + np.exp(44 / np.pi * np.abs(turn) - 4.4)))
 
 
 _SSIM_SIDE = 7
@@ -757,61 +642,28 @@ def ssim(images: Images, protocol: str) -> float:
     """
     if protocol == "vifb":
         images.require_side("SSIM", len(_WINDOW))
-        return float(_similarity(images.planes.astype(np.float64), with_luminance=True).sum())
-    # With whole levels everything up to the constants is a whole number below 2^29, exact in 32 bits.
-    dtype = np.int32 if images.are_whole else np.float64
-    count, overlap = _SSIM_SIDE**2, _SSIM_SIDE - 1
-    # Sums instead of means and variances: numerator and denominator are multiplied by count^3 (count - 1).
-    dynamic_range = 2.0 if protocol == "paper" else 255.0
-    c1 = (0.01 * dynamic_range) ** 2 * count**2
-    c2 = (0.03 * dynamic_range) ** 2 * count * (count - 1)
-    total = 0.0
-    height, width = (side - overlap for side in images.shape)
-    for top in range(0, height, _ROWS):
-        tile = images.planes[:, top : top + _ROWS + overlap].astype(dtype)
-        sums = _box_sums(tile)
-        squares = tile * tile
-        variances = count * _box_sums(squares[0] + squares[1:])  # of F plus of A, of F plus of B
-        covariances = 2 * count * _box_sums(tile[0] * tile[1:])
-        products = 2 * sums[0] * sums[1:]
-        sums *= sums
-        squares = sums[0] + sums[1:]
-        variances -= squares
-        covariances -= products
-        similarity = _plus(covariances, c2)
-        similarity *= _plus(products, c1)
-        dissimilarity = _plus(variances, c2)
-        dissimilarity *= _plus(squares, c1)
-        similarity /= dissimilarity
-        total += float(np.sum(similarity))
+        return float(_similarity(images.planes, _WINDOW, 255).sum())
+    dynamic_range = 2 if protocol == "paper" else 255
+    return float(_similarity(images.planes, np.ones(_SSIM_SIDE), dynamic_range, _SSIM_SIDE**2).sum())
+
+
+def _similarity(
+    planes: np.ndarray, taps: np.ndarray, dynamic_range: float, weight: int = 1, with_luminance: bool = True
+) -> np.ndarray:
+    """Mean similarity of F with A and B, (3, H, W) -> (2,), with or without the factor of luminance.
+
+    `weight` is that of `_local_moments`. With it, variances are divided by the number of pixels less 1.
+    """
+    c1, c2 = (0.01 * dynamic_range * weight) ** 2, (0.03 * dynamic_range) ** 2 * max(1, weight * (weight - 1))
+    height, width = (side - len(taps) + 1 for side in planes.shape[1:])
+    total = np.zeros(2)
+    for means, variances, covariances in _local_moments(planes, taps, weight):
+        similarity = (2 * covariances + c2) / (variances[0] + variances[1:] + c2)
+        if with_luminance:
+            squares = means * means
+            similarity *= (2 * means[0] * means[1:] + c1) / (squares[0] + squares[1:] + c1)
+        total += similarity.sum(axis=(1, 2))
     return total / (height * width)
-
-
-def _plus(values: np.ndarray, constant: float) -> np.ndarray:
-    """values + constant as float64, in place where they are float64 already; converting first is quicker."""
-    values = values.astype(np.float64, copy=False)
-    values += constant
-    return values
-
-
-def _box_sums(planes: np.ndarray) -> np.ndarray:
-    """Sums over 7 x 7 windows, in the dtype given: (n, h, w) -> (n, h - 6, w - 6)."""
-    count, height, width = planes.shape
-    # 7 = 4 + 2 + 1: four additions instead of six.
-    two = planes[:, :-1] + planes[:, 1:]
-    tall = two[:, :-5] + two[:, 2:-3]
-    tall += two[:, 4:-1]
-    tall += planes[:, 6:]
-    # One long row per plane is quicker than many short ones. Rows run into each other only in the last six columns,
-    # which are cut off.
-    tall = tall.reshape(count, -1)
-    two = tall[:, :-1] + tall[:, 1:]
-    wide = np.empty_like(tall)
-    inside = wide[:, :-6]
-    np.add(two[:, :-5], two[:, 2:-3], out=inside)
-    inside += two[:, 4:-1]
-    inside += tall[:, 6:]
-    return wide.reshape(count, height - 6, width)[:, :, : width - 6]
 
 
 @metric("AG", "average gradient", unit="grey levels per pixel", high=255.0, min_side=2, takes_sources=False,
@@ -829,17 +681,10 @@ def average_gradient(images: Images, protocol: str) -> float:
     """
     fused = images.grey[0].astype(np.float64)
     height, width = fused.shape
-    squares = _central_differences(fused) ** 2 + _central_differences(fused.T).T ** 2
+    gy, gx = np.gradient(fused)
+    squares = gy**2 + gx**2
     pixels = height * width if protocol in ("paper", "standard") else (height - 1) * (width - 1)
     return float(np.sum(np.sqrt(squares / 2))) / pixels
-
-
-def _central_differences(image: np.ndarray) -> np.ndarray:
-    """Along the first axis; one-sided and not halved in the first and last row."""
-    steps = np.empty_like(image)
-    steps[0], steps[-1] = image[1] - image[0], image[-1] - image[-2]
-    steps[1:-1] = (image[2:] - image[:-2]) / 2
-    return steps
 
 
 @metric("CC", "correlation coefficient", low=-1.0, high=1.0,
@@ -853,9 +698,7 @@ def correlation_coefficient(images: Images, protocol: str) -> float:
     >>> correlation_coefficient(image, image, 255 - image)
     0.0
     """
-    var_f, var_a, var_b = images.moments.variances[:3]
-    with_a, with_b = images.moments.with_fused
-    return (_pearson(with_a, var_a, var_f) + _pearson(with_b, var_b, var_f)) / 2
+    return (images.correlation(0, 1) + images.correlation(0, 2)) / 2
 
 
 @metric("MSE", "mean squared error", better="lower", unit="grey levels squared", high=255.0**2,
@@ -927,13 +770,12 @@ def nabf(images: Images, protocol: str) -> float:
         total += float(np.sum(sources))
         stronger = (fused > sources).all(axis=0)
         sources = sources[:, stronger]
-        loss = _loss_of_edges(sources / fused[stronger], np.abs(angle[1:, stronger] - angle[0, stronger]))
-        added += float(np.sum((1 - 0.9994 * 0.9879 / loss) * sources))
+        kept = _preservation(sources / fused[stronger], angle[1:, stronger] - angle[0, stronger])
+        added += float(np.sum((1 - kept) * sources))
     return added / total if total > 0 else math.nan
 
 
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _WINDOW = _gaussian(11, sigma=1.5)
 
 
@@ -960,29 +802,9 @@ def ms_ssim(images: Images, protocol: str) -> float:
     for scale, weight in enumerate(_SCALE_WEIGHTS, start=1):
         if scale > 1:
             planes = _blocks_of_two(planes)
-        similarity = _similarity(planes, with_luminance=scale == len(_SCALE_WEIGHTS))
+        similarity = _similarity(planes, _WINDOW, 255, with_luminance=scale == len(_SCALE_WEIGHTS))
         product *= np.maximum(similarity, 0) ** weight
     return float(product.mean())
-
-
-def _similarity(planes: np.ndarray, with_luminance: bool) -> np.ndarray:
-    """Mean similarity of F with A and B, (3, h, w) -> (2,), with or without the factor of luminance."""
-    centre = planes.mean(axis=(1, 2), keepdims=True)  # variances of what is left lose fewer digits
-    height, width = (side - len(_WINDOW) + 1 for side in planes.shape[1:])
-    total = np.zeros(2)
-    for top in range(0, height, _ROWS):
-        centred = planes[:, top : top + _ROWS + len(_WINDOW) - 1] - centre
-        products = np.concatenate([centred, centred * centred, centred[0] * centred[1:]])
-        averages = _filter_rows(_filter_columns(products, _WINDOW), _WINDOW)
-        means, squares, covariances = averages[:3], averages[3:6], averages[6:]
-        covariances = covariances - means[0] * means[1:]
-        variances = squares - means * means
-        similarity = (2 * covariances + _C2) / (variances[0] + variances[1:] + _C2)
-        if with_luminance:
-            means = means + centre
-            similarity *= (2 * means[0] * means[1:] + _C1) / (means[0] ** 2 + means[1:] ** 2 + _C1)
-        total += similarity.sum(axis=(1, 2))
-    return total / (height * width)
 
 
 def _blocks_of_two(planes: np.ndarray) -> np.ndarray:
@@ -1073,7 +895,7 @@ def qcb(images: Images, protocol: str) -> float:
     blurred = []
     for sigma in (2, 4):
         taps = np.exp(-(offsets**2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)  # their sum is not quite 1
-        blurred.append(_filter_rows(_filter_columns(seen, taps), taps))
+        blurred.append(_filter(seen, taps))
     with np.errstate(divide="ignore", invalid="ignore"):
         contrast = np.abs(blurred[0] / blurred[1] - 1)
         contrast *= contrast**2 / (contrast**2 + 0.0001)

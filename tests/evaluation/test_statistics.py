@@ -1,4 +1,4 @@
-"""Paired tests, intervals and ranks: by hand, against scipy, and on the edges."""
+"""Paired tests, intervals: by hand, against scipy, and on the edges."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import bootstrap, rankdata, wilcoxon
 
 from utils.evaluation.scores import Row, ScoreSheet
-from utils.evaluation.statistics import bootstrap_interval, compare, format_statistics, holm, mean_intervals, mean_ranks
+from utils.evaluation.statistics import bootstrap_interval, compare, format_statistics, holm, mean_intervals
 
 
 def row(method, baseline=False, protocol="paper", **columns):
@@ -103,30 +103,9 @@ def test_intervals_of_few_values():
     assert mean_intervals(row("a", EN=[2.0, 2, math.nan], PSNR=[math.inf, 1, 1])) == {"EN": (2, 2), "PSNR": (1, 1)}
 
 
-def test_mean_ranks_by_hand():
-    rows = [
-        row("a", EN=[3.0, 3, 1], MSE=[3.0, 3, 1]),
-        row("b", EN=[2.0, 3, 2], MSE=[2.0, 3, 2]),
-        row("c", EN=[1.0, 1, math.nan], MSE=[1.0, 1, 9]),
-        row("average", baseline=True, EN=[9.0, 9, 9], MSE=[0.0, 0, 0]),
-    ]
-    # EN over the first two images: a 1 and 1.5, b 2 and 1.5, c 3 and 3. MSE is better when low.
-    want = {"a": (1.25, (3 + 2.5 + 1) / 3), "b": (1.75, (2 + 2.5 + 2) / 3), "c": (3, (1 + 1 + 3) / 3)}
-    found = mean_ranks(rows)
-    assert {name: (ranks["EN"], ranks["MSE"]) for name, ranks in found.items()} == {
-        name: pytest.approx(ranks) for name, ranks in want.items()
-    }
-
-
-def test_ranks_without_a_common_image_are_unknown():
-    found = mean_ranks([row("a", SCD=[math.nan]), row("b", SCD=[1.0])])
-    assert math.isnan(found["a"]["SCD"]) and math.isnan(found["b"]["SCD"])
-    assert mean_ranks([row("average", baseline=True, EN=[1.0])]) == {}
-
-
 def test_text_names_the_tests_and_shows_no_nan():
     rows = [row("a", EN=[1.0, 2], SCD=[math.nan] * 2), row("b", EN=[2.0, 4], SCD=[1.0, 1])]
     intervals = {r.method: mean_intervals(r) for r in rows}
-    text = "\n".join(format_statistics(intervals, mean_ranks(rows), compare(rows, rows[1]), "b", 2))
+    text = "\n".join(format_statistics(intervals, compare(rows, rows[1]), "b", 2))
     assert "Wilcoxon" in text and "method minus b" in text and "nan" not in text
     assert "1.00..2.00" in text and "-1.50" in text

@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.inference import operations_per_pixel
 from utils.common import InputError
 from utils.inference import fusing
 from utils.inference.fusing import Fuser, fuse_arrays, load_fuser, min_max_normalise, pick_device, to_levels, to_network
@@ -106,14 +104,6 @@ def test_a_fuser_gives_one_result_with_and_without_gradients(name, size, monkeyp
     torch.testing.assert_close(with_gradients.detach(), without, rtol=0, atol=1e-5)
     with_gradients.mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in system.parameters())
-
-
-def test_operations_of_the_benchmark_are_those_that_torch_counts(model):
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.fuse(torch.rand(1, 1, 96, 96), torch.rand(1, 1, 96, 96))
-    # torch counts no squares, but q k^T between heads as well, and composing the base convolutions.
-    assert operations_per_pixel(model) * 96 * 96 == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
 @pytest.mark.parametrize("bad", [torch.full((1, 1, 8, 8), 255.0), torch.full((1, 1, 8, 8), float("nan"))])

@@ -10,9 +10,7 @@ import errno
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,21 +239,18 @@ def remove_old_metrics(folder: Path, method: Method) -> None:
 
 
 def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
-    """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out.
-
-    Beside the network the next pair is read, and the last one written and scored, unless memory is short.
-    """
+    """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out."""
     images: dict[str, dict[str, float]] = {}
     hashes: list[str] = []
-    waiting = 0 if args.max_memory else 1
-
-    def read(number: int, pair: Pair) -> Given:
-        return read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
-
-    def write_and_score(pair: Pair, given: Given, fused: np.ndarray) -> None:
-        fate = "left out"
+    for number, pair in enumerate(progress(test_set.found.pairs, f"{test_set.name}, {method.stem}", "pair")):
+        path, fate = folder / f"{pair.name}.png", "left out"
         try:
-            path = folder / f"{pair.name}.png"
+            given = read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
+            fused = fuse_arrays(
+                method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
+                normalise=method.model.is_normalised(args.normalise), precision=args.precision,
+                max_memory=args.max_memory, scratch=args.scratch,
+            )  # fmt: skip
             write_image(path, fused, truncate=args.legacy_rounding)
             if args.colour and fused.ndim == 2:
                 write_in_colour(folder / "colour" / path.name, pair, fused)
@@ -267,26 +262,6 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             hashes.append(pair_hash(given.vis, given.ir))
         except BAD_PAIR as error:
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
-
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pairs = progress(list(enumerate(test_set.found.pairs)), f"{test_set.name}, {method.stem}", "pair")
-        finishing: deque[Future[None]] = deque()
-        for pair, reading in read_ahead(pairs, reader, read, waiting):
-            try:
-                given = reading.result()
-                fused = fuse_arrays(
-                    method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
-                    normalise=method.model.is_normalised(args.normalise), precision=args.precision,
-                    max_memory=args.max_memory, scratch=args.scratch,
-                )  # fmt: skip
-            except BAD_PAIR as error:
-                left_out(f"{test_set.name}/{pair.name}", error, args)
-                continue
-            finishing.append(writer.submit(write_and_score, pair, given, fused))
-            while len(finishing) > waiting:
-                finishing.popleft().result()
-        for last in finishing:
-            last.result()
     return ScoreSheet(method.label, images, list_hash(hashes))
 
 
@@ -326,18 +301,6 @@ def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Give
         if coloured and not colour:
             vis_to_fuse = np.round(luma_of(vis_to_fuse))
     return Given(vis, ir, vis_to_fuse, ir_to_fuse)
-
-
-def read_ahead(
-    pairs: Iterable[tuple[int, Pair]], reader: ThreadPoolExecutor, read: Callable[[int, Pair], Given], depth: int
-) -> Iterator[tuple[Pair, Future[Given]]]:
-    """Each pair with its images, `depth` of which are read before they are asked for."""
-    waiting: deque[tuple[Pair, Future[Given]]] = deque()
-    for number, pair in pairs:
-        waiting.append((pair, reader.submit(read, number, pair)))
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:

@@ -6,14 +6,9 @@ named in `Evaluation.problems` and left out; nothing else is.
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,17 +42,6 @@ class Evaluation:
     notes: tuple[str, ...]  # what is worth knowing, one line each
 
 
-@dataclass(frozen=True)
-class _Task:
-    """All the work on one pair."""
-
-    pair: Pair
-    fused: Mapping[str, Path]  # method -> its file
-    baselines: Mapping[str, str]  # row label -> one of `BASELINES`
-    protocols: Sequence[str]
-    metrics: Sequence[str]
-
-
 @dataclass
 class _Result:
     name: str
@@ -86,7 +70,7 @@ def evaluate(
         protocols: names from `utils.metrics.PROTOCOLS`. Images are scored in grey, under `vifb` in their colours.
         metrics: names from `utils.metrics.METRICS`. One that a pair is too small for is NaN there.
         baselines: adds rows for either source alone and for their average.
-        jobs: processes; None means one for each processor, 1 stays in this process.
+        jobs: pairs scored at a time; None means one for each processor.
 
     Returns:
         Rows in the order of `methods`, then of the baselines, for each protocol. A method without a single scored
@@ -101,12 +85,16 @@ def evaluate(
     labels = baseline_labels(vis_folder.name, ir_folder.name) if baselines else {}
     if set(labels) & set(methods):
         raise InputError(f"--fused uses the name of a baseline ({listed(set(labels) & set(methods))}); rename it")
-    tasks = [
-        _Task(pair, {name: paths[pair.name] for name, paths in files.items() if pair.name in paths}, labels,
-              protocols, metrics)
-        for pair in found.pairs
-    ]  # fmt: skip
-    results = list(progress(_run(tasks, jobs), "scores", "pair", len(tasks)))
+
+    def score_one(pair: Pair) -> _Result:
+        fused = {method: paths[pair.name] for method, paths in files.items() if pair.name in paths}
+        return _score_pair(pair, fused, labels, protocols, metrics)
+
+    pool = ThreadPoolExecutor(jobs or processors())  # numpy and OpenCV let go of Python's lock while they work
+    try:
+        results = list(progress(pool.map(score_one, found.pairs), "scores", "pair", len(found.pairs)))
+    finally:
+        pool.shutdown(cancel_futures=True)
     problems += [problem for result in results for problem in result.problems]
     for key in metrics:
         small = [result.name for result in results if key in result.too_small_for]
@@ -151,78 +139,47 @@ def _match(
     return files, problems, notes
 
 
-def _run(tasks: Sequence[_Task], jobs: int | None) -> Iterator[_Result]:
-    jobs = min(jobs or processors(), len(tasks))
-    if jobs == 1:
-        yield from map(_score_pair, tasks)
-        return
-    # Not forks of this process: OpenCV's threads do not survive a fork, and a worker would wait for them forever.
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
-    try:
-        yield from pool.map(_score_pair, tasks)
-    except BrokenProcessPool:
-        raise InputError("a process that scored was killed, probably for its memory; try --jobs 1") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed tells nobody, and its workers would wait for work forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def processors() -> int:
     """How many processors this process may use."""
-    with contextlib.suppress(AttributeError):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _score_pair(task: _Task) -> _Result:
-    result = _Result(task.pair.name)
+def _score_pair(
+    pair: Pair, fused: Mapping[str, Path], baselines: Mapping[str, str], protocols: Sequence[str], wanted: Sequence[str]
+) -> _Result:
+    result = _Result(pair.name)
     try:
-        grey = task.pair.read()
-        colour = [read_colour(path) for path in (task.pair.vis, task.pair.ir)] if "vifb" in task.protocols else []
+        grey = pair.read()
+        colour = [read_colour(path) for path in (pair.vis, pair.ir)] if "vifb" in protocols else []
     except (ValueError, OSError) as error:
-        result.problems.append(f"{task.pair.name}: {_first_line(error)}; left out for every method")
+        result.problems.append(f"{pair.name}: {_first_line(error)}; left out for every method")
         return result
     result.hash = pair_hash(*grey)
-    result.too_small_for = [key for key in task.metrics if min(grey[0].shape) < METRICS[key].min_side]
-    metrics = [key for key in task.metrics if key not in result.too_small_for]
-    for method in (*task.fused, *task.baselines):
+    result.too_small_for = [key for key in wanted if min(grey[0].shape) < METRICS[key].min_side]
+    metrics = [key for key in wanted if key not in result.too_small_for]
+    for method in (*fused, *baselines):
         try:
-            for protocol in task.protocols:
+            for protocol in protocols:
                 vis, ir = colour if protocol == "vifb" else grey
-                if method in task.baselines:
-                    fused = BASELINES[task.baselines[method]](vis, ir)
+                if method in baselines:
+                    image = BASELINES[baselines[method]](vis, ir)
                 else:
-                    fused = (_read_as_stored if protocol == "vifb" else read_grey)(task.fused[method])
-                if fused.shape[:2] != vis.shape[:2]:
-                    sizes = [f"{shape[1]}x{shape[0]}" for shape in (fused.shape, vis.shape)]
+                    image = (_read_as_stored if protocol == "vifb" else read_grey)(fused[method])
+                if image.shape[:2] != vis.shape[:2]:
+                    sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.shape, vis.shape)]
                     raise InputError(
-                        f"{task.fused[method]} is {sizes[0]} but its sources are {sizes[1]} (width x height); "
-                        "fuse it again at the size of the sources, or name the set that it belongs to"
+                        f"{fused[method]} is {sizes[0]} but its sources are {sizes[1]} (width x height); fuse it again "
+                        "at the size of the sources, or name the set that it belongs to"
                     )
-                if fused.ndim < vis.ndim:
+                if image.ndim < vis.ndim:
                     if is_coloured(vis) or is_coloured(ir):
                         result.without_colour.append(method)
                         continue
                     vis, ir = vis[..., 0], ir[..., 0]
-                values = score(fused, ir, vis, protocol, metrics)
-                result.scores[method, protocol] = {key: values.get(key, float("nan")) for key in task.metrics}
+                values = score(image, ir, vis, protocol, metrics)
+                result.scores[method, protocol] = {key: values.get(key, float("nan")) for key in wanted}
         except (ValueError, OSError) as error:
-            result.problems.append(f"{method}, {task.pair.name}: {_first_line(error)}; left out")
+            result.problems.append(f"{method}, {pair.name}: {_first_line(error)}; left out")
     return result
 
 

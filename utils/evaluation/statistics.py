@@ -1,4 +1,4 @@
-"""Is the difference between two methods more than chance? Paired tests, intervals and ranks over images."""
+"""Is the difference between two methods more than chance? Paired tests and intervals over images."""
 
 from __future__ import annotations
 
@@ -91,24 +91,6 @@ def compare(rows: Sequence[Row], against: Row) -> list[Comparison]:
     return [Comparison(*values, p_holm) for values, p_holm in zip(found, adjusted, strict=True)]
 
 
-def mean_ranks(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Method -> metric -> mean over the images of its rank among the methods, 1 the best, ties averaged.
-
-    Only images that every row has a value for count; the mean is NaN where there is none. Baselines and rows of
-    another protocol than the first are left out.
-    """
-    rows = [row for row in rows if not row.is_baseline and row.protocol == rows[0].protocol]
-    ranks: dict[str, dict[str, float]] = {row.method: {} for row in rows}
-    for metric in next(iter(rows[0].sheet.images.values()), {}) if rows else ():
-        common = set.intersection(*(_images_with(row, metric) for row in rows))
-        values = np.array([[row.sheet.images[name][metric] for name in sorted(common)] for row in rows])
-        sign = -1 if METRICS[metric].better == "higher" else 1
-        found = rankdata(sign * values, axis=0).mean(axis=1) if common else [math.nan] * len(rows)
-        for row, mean in zip(rows, found, strict=True):
-            ranks[row.method][metric] = float(mean)
-    return ranks
-
-
 def mean_intervals(row: Row) -> dict[str, tuple[float, float]]:
     """Metric -> 95 % interval of the mean over the images with a finite value."""
     columns = {key: [values[key] for values in row.sheet.images.values()] for key in row.sheet.mean()}
@@ -117,12 +99,11 @@ def mean_intervals(row: Row) -> dict[str, tuple[float, float]]:
 
 def format_statistics(
     intervals: dict[str, dict[str, tuple[float, float]]],
-    ranks: dict[str, dict[str, float]],
     comparisons: Sequence[Comparison],
     against: str | None,
     digits: int,
 ) -> list[str]:
-    """Tables as text: intervals and ranks by method, then the comparisons with one method. Empty ones are left out."""
+    """Tables as text: intervals by method, then the comparisons with one method. Empty ones are left out."""
 
     def shown(value: float, form: str = f".{digits}f") -> str:
         return "-" if np.isnan(value) else format(value, form)
@@ -132,13 +113,6 @@ def format_statistics(
         lines = [["95 % interval of the mean", *next(iter(intervals.values()))]]
         for method, values in intervals.items():
             lines.append([method, *(f"{shown(low)}..{shown(high)}" for low, high in values.values())])
-        parts.append(align(lines))
-    if len(ranks) > 1:
-        lines = [["mean rank, 1 is best", *next(iter(ranks.values())), "all"]]
-        for method, values in ranks.items():
-            known = [value for value in values.values() if not np.isnan(value)]
-            overall = float(np.mean(known)) if known else np.nan
-            lines.append([method, *(shown(value, ".2f") for value in (*values.values(), overall))])
         parts.append(align(lines))
     if comparisons:
         lines = [["method", "metric", "images", "difference", "95 % interval", "effect", "p", "p (Holm)", "better"]]
@@ -153,10 +127,6 @@ def format_statistics(
             f"with the better values where adjusted p < {LEVEL}"
         )
     return parts
-
-
-def _images_with(row: Row, metric: str) -> set[str]:
-    return {name for name, values in row.sheet.images.items() if not math.isnan(values[metric])}
 
 
 def _differences(row: Row, against: Row, metric: str) -> np.ndarray:

@@ -147,11 +147,11 @@ def describe_metrics() -> str:
         others = [name for name in TABLES if metric.unit_in(name) != metric.unit]
         units = [metric.unit, *(f"{metric.unit_in(name)} under {name}" for name in others)]
         unit = f"{', '.join(units)}; " if metric.unit else ""
-        low, high = (f"{bound:.6g}" for bound in metric.value_range)
         protocols = [name for name in TABLES if defines(name, metric.key)]
         blocks.append(
             f"{metric.key}: {(metric.function.__doc__ or '').splitlines()[0]}\n"
-            f"    {unit}{metric.better} is better; range {low} to {high}; smallest side {metric.min_side}\n"
+            f"    {unit}{metric.better} is better; range {metric.low:.6g} to {metric.high:.6g}; "
+            f"smallest side {metric.min_side}\n"
             f"    protocols {', '.join(protocols)}" + (f"; {metric.choices}" if metric.choices else "") + "\n"
             f"    {metric.reference}"
         )
