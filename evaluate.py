@@ -171,33 +171,19 @@ def check_options(args: argparse.Namespace, methods: Collection[str], metrics: S
 
 
 def count_costs(methods: Mapping[str, Path]) -> dict[str, dict[str, int]]:
-    """Parameters, and operations for a pair of 640x480, of the methods that are systems of this repository.
-
-    Only the networks that fuse count. PyTorch counts: a multiplication and an addition are two operations.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from zoo import SYSTEMS, find_system
+    """Parameters, and operations for a pair of 640x480, of the methods that are systems of this repository."""
+    from zoo import SYSTEMS, find_system  # and with it torch, which nothing else here needs
 
     systems = {find_system(name).label: find_system(name) for name in SYSTEMS}
-    found, of_methods = {}, {}
+    costs = {}
     for method, folder in methods.items():
         said = method
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["system"]
         label = next((name for name in systems if said.startswith(name)), None)
         if label:
-            of_methods[method] = label
-    for label in dict.fromkeys(of_methods.values()):
-        system = systems[label]().eval()
-        vis, ir = torch.rand(1, 3 if system.takes_colour else 1, 480, 640), torch.rand(1, 1, 480, 640)
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            system.fuse(vis, ir, system.skips[0])
-        parts = [getattr(system, part) for part in system.published_networks.values()]
-        parameters = sum(p.numel() for part in parts for p in part.parameters())
-        found[label] = {"parameters": parameters, "operations": counter.get_total_flops()}
-    return {method: found[label] for method, label in of_methods.items()}
+            costs[method] = dict(zip(("parameters", "operations"), systems[label].cost(), strict=True))
+    return costs
 
 
 def report(

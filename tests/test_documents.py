@@ -14,7 +14,7 @@ import pytest
 
 from utils.common import ROOT
 from utils.inference import fusing
-from zoo import find_system
+from zoo import SYSTEMS, find_system
 
 PAGES = [*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -113,6 +113,14 @@ def test_tables_have_the_numbers_of_the_results_files(page):
             for row in rows
         ]  # fmt: skip
         assert {} in differing, f"{page.name}, {name}: (page, results) of the nearest row: {min(differing, key=len)}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_parameters_and_operations_are_those_of_the_systems(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in SYSTEMS:
+        parameters, operations = find_system(name).cost(480, 640)
+        assert f"| `{name}` | {parameters / 1e6:.2f} M | {operations / 1e9:.0f} G |" in text
 
 
 def test_published_weights_are_those_of_the_clone_and_the_error_names_the_command(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils.common import InputError, in_checkout
 from utils.data.patches import Batch
@@ -125,6 +127,19 @@ class System:
                 f"no weights of {cls.label} for --task {task} come with the project; name a file with --weights"
             )
         return [in_checkout("models", name) for name in cls.weights[task]]
+
+    @classmethod
+    def cost(cls, height: int = 480, width: int = 640) -> tuple[int, int]:
+        """Parameters of the networks that fuse, and operations for a pair of images, counted without running them.
+
+        PyTorch counts: a multiplication and an addition are two operations.
+        """
+        system = cls().eval().to("meta")
+        vis, ir = (torch.empty(1, n, height, width, device="meta") for n in (3 if cls.takes_colour else 1, 1))
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            system.fuse(vis, ir, cls.skips[0])
+        parts = [getattr(system, part) for part in system.published_networks.values()]
+        return sum(p.numel() for part in parts for p in part.parameters()), counter.get_total_flops()
 
     def load_published(self, path: Path | str) -> dict[str, Any]:
         """Loads a file in the published format; see `utils.inference.checkpoint.load_checkpoint`."""
