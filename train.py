@@ -162,8 +162,10 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     resumed = resume(run, args)
     if not resumed and (args.init or args.init_partial):
         start_from(run, args)
-    if (not resumed or resumed.parent != out) and from_first(lambda: any(p.exists() for p in run_state.files_of(run))):
-        raise InputError(f"{out} holds a run or weights already; go on with --resume auto, or choose another --out")
+    is_taken = lambda: run_state.is_taken(run, begins_again=args.resume == "auto")  # noqa: E731
+    if (not resumed or resumed.parent != out) and from_first(is_taken):
+        advice = "" if args.resume == "auto" else "go on with --resume auto, or "
+        raise InputError(f"{out} holds a run or weights already; {advice}choose another --out")
     check_writable(out)
     dataset.move_to(device)
     if is_first():

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
+import shutil
 import signal
+import sys
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import train
+import zoo
+from tests.training.test_extending import names_of
 from utils.data.patches import PatchWriter
 from utils.inference.checkpoint import read_file
 from utils.training import loop
 from utils.training.loop import Run, Stop
 from utils.training.monitor import open_curves
 
-KILLS = 20
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @pytest.fixture
@@ -40,60 +45,91 @@ def arguments(patch_file, out, *options):
 
 
 def trained(out):
-    """All weights and the losses of every epoch of a run."""
-    saved = read_file(out / "last.pt")
-    losses = [json.loads(line)["losses"] for line in (out / "log.jsonl").read_text().splitlines()]
-    return {**saved["model"], **{f"ema {i}": value for i, value in enumerate(saved["ema"])}}, losses
+    """All tensors in the files of a run, and the losses of every epoch."""
+    saved = {path.name: read_file(path) for path in out.glob("*.p*")}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return tensors_in(saved), [(line["losses"], line.get("validation")) for line in log]
+
+
+def tensors_in(value, name=""):
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for key, part in parts for k, v in tensors_in(part, f"{name}/{key}").items()}
 
 
 def assert_same_run(first, second):
-    (weights, losses), (others, other_losses) = trained(first), trained(second)
-    assert weights.keys() == others.keys()
-    for key, value in weights.items():
+    (tensors, losses), (others, other_losses) = trained(first), trained(second)
+    assert tensors.keys() == others.keys()
+    for key, value in tensors.items():
         assert torch.equal(value, others[key]), key
     assert losses == other_losses
 
 
-def child(argv):
+def child(argv, deadline, counted):
+    """A run that is killed before its file operation number `deadline`; notes in `counted` how many it began."""
     torch.set_num_threads(1)
+    sys.modules["torch.utils.tensorboard"] = None  # whose files have the time in their names
+    sys.modules["snippet"] = types.SimpleNamespace(**names_of(2))
+    zoo.SYSTEMS["tiny"] = ("snippet", "Tiny")
+    out = argv[argv.index("--out") + 1]
+
+    def operate(path):
+        if str(path).startswith(out):
+            counted.value += 1
+            if counted.value == deadline:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def look(event, given):  # Python reports its file operations to audit hooks before it does them
+        if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or (event == "open" and given[2] & WRITES):
+            operate(given[0])
+
+    synchronise, save = os.fsync, torch.save
+
+    def fsync(descriptor):
+        operate(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synchronise(descriptor)
+
+    def in_two_halves(content, path):
+        save(content, path)
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: len(whole) // 2])
+        with open(path, "ab") as file:
+            file.write(whole[len(whole) // 2 :])
+
+    os.fsync, torch.save = fsync, in_two_halves
+    sys.addaudithook(look)
     raise SystemExit(train.main(argv))
 
 
 @pytest.mark.slow
-def test_run_killed_twenty_times_ends_bit_for_bit_like_the_straight_one(patch_file, tmp_path):
-    # A server that has torch loaded forks each of the runs: a start costs nothing then.
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks /proc which file is synchronised")
+def test_run_killed_at_any_file_operation_ends_bit_for_bit_like_the_straight_one(patch_file, tmp_path):
+    # A server that has loaded all that a run loads forks each of them: a start costs nothing then.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "zoo.cddfuse"])
-    rng = random.Random(0)
+    context.set_forkserver_preload(["tests.training.test_resume", "kornia", "torch._dynamo"])
 
-    def start(out, *options):
-        process = context.Process(target=child, args=(arguments(patch_file, out, *options),))
+    def exit_code_and_operations(out, deadline=0):
+        counted = context.Value("i", 0)
+        argv = ["--system", "tiny", "--data", str(patch_file), "--out", str(out), "--device", "cpu", "--ema", "0.9",
+                "--crop", "8", "--flips", "--batch-size", "2", "--epoch-batches", "2", "--validate-every", "1",
+                "--save-every-minutes", "0", "--resume", "auto"]  # fmt: skip
+        process = context.Process(target=child, args=(argv, deadline, counted))
         process.start()
-        return process
-
-    straight = start(tmp_path / "straight")
-    straight.join()
-    assert straight.exitcode == 0
-
-    last = tmp_path / "killed/last.pt"
-    stamp = lambda: last.stat().st_mtime_ns if last.exists() else 0  # noqa: E731
-    done = 0
-    for _ in range(KILLS):
-        process = start(tmp_path / "killed", "--resume", "auto", "--save-every-minutes", "0")
-        before = stamp()
-        # After one new checkpoint, so that 24 steps outlast 20 kills, at any moment of the next step or saving.
-        while process.is_alive() and stamp() == before:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
         process.join()
-        done += process.exitcode == -signal.SIGKILL
-    assert done >= KILLS // 2  # a fast machine may finish before the last kills
-    final = start(tmp_path / "killed", "--resume", "auto")
-    final.join()
-    assert final.exitcode == 0
-    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+        return process.exitcode, counted.value
+
+    code, operations = exit_code_and_operations(tmp_path / "straight")
+    assert code == 0 and operations >= 50
+    names = sorted(path.name for path in (tmp_path / "straight").iterdir())
+    for deadline in range(1, operations + 1):
+        out = tmp_path / f"killed_{deadline}"
+        assert exit_code_and_operations(out, deadline) == (-signal.SIGKILL, deadline)
+        assert exit_code_and_operations(out)[0] == 0, deadline
+        assert_same_run(tmp_path / "straight", out)
+        assert sorted(path.name for path in out.iterdir()) == names  # and no temporary file is left
+        shutil.rmtree(out)
+    print(operations, "kills")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

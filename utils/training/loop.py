@@ -214,7 +214,7 @@ class Run:
         if not is_last:  # the plain names are those of the last pass, whose losses are the stage's
             terms = {f"{part.name} {name}": value for name, value in terms.items()}
         values = {**terms, **{NORM + name: norm for name, norm in norms.items()}}
-        stacked = torch.stack([v.detach().double() for v in values.values()])
+        stacked = torch.stack([v.detach().float() for v in values.values()])
         self.unseen.append(Unseen(self.step + 1, batch, is_last, list(values), stacked))
         if self.steps_between_looks == 1:
             self.check_finite()  # before the step that would spoil the weights
@@ -285,8 +285,10 @@ class Run:
 
     def finish_epoch(self) -> None:
         """Moves on to the next epoch, with a line in the log."""
-        sums = torch.tensor([*self.sums.values()], dtype=torch.float64, device=self.device)
-        means = dict(zip(self.sums, mean_over_ranks(sums).tolist(), strict=True))
+        sums = [*self.sums.values()]
+        if ranks() > 1:
+            sums = mean_over_ranks(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
+        means = dict(zip(self.sums, sums, strict=True))
         patches = means.pop("")
         seconds = max(self.seconds - sum(line["seconds"] for line in self.log), 1e-9)
         stage = self.stage

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.common import InputError, listed, whole_file
-from utils.inference.checkpoint import read_file, save_file
+from utils.inference.checkpoint import ABOUT, read_file, save_file
 from utils.training.distributed import from_first, is_first, ranks
 from utils.training.loop import Run
 from utils.training.monitor import log
@@ -32,9 +32,22 @@ class OtherOptions(InputError):
     """A run is whole, but was made with other options."""
 
 
-def files_of(run: Run) -> list[Path]:
-    """What a run writes first and what nobody wants overwritten."""
-    return [run.last, run.previous, run.weights, run.best_weights]
+def is_taken(run: Run, *, begins_again: bool) -> bool:
+    """Whether a run that begins would write over another, or over weights.
+
+    Args:
+        begins_again: not over those that the same command wrote before it was killed: it comes to them once more.
+    """
+    weights = [path for path in (run.weights, run.best_weights) if path.exists()]
+    if begins_again and not (run.last.exists() or run.previous.exists()):
+        return not all(is_unfinished(run, read_file(path).get(ABOUT, {})) for path in weights)
+    return bool(weights) or run.last.exists() or run.previous.exists()
+
+
+def is_unfinished(run: Run, facts: dict[str, Any]) -> bool:
+    """Whether weights with these facts are of this run, before its end."""
+    own = run.settings | {"init": run.facts["init"]}
+    return facts.get("epochs", run.epochs) < run.epochs and all(facts.get(k) == v for k, v in own.items())
 
 
 def about(run: Run) -> dict[str, Any]:
