@@ -30,7 +30,18 @@ import utils  # noqa: F401  before torch, see there
 # isort: split
 import torch
 
-from utils.common import InputError, file_sha256, git_commit, listed, lock_run_dir, progress, run_script, whole_file
+from utils.common import (
+    LARGEST,
+    InputError,
+    file_sha256,
+    git_commit,
+    listed,
+    lock_run_dir,
+    number,
+    progress,
+    run_script,
+    whole_file,
+)
 from utils.data.images import read_colour, to_uint8, write_image
 from utils.data.labels import Boxes, read_boxes, read_mask
 from utils.data.pairs import Pair, find_modalities, list_pairs
@@ -65,15 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
             f"of {', '.join(LABELS[task])} in DIR)")  # fmt: skip
         add("--classes", nargs="+", default=MSRS if task == "segment" else [], metavar="NAME",
             help="all classes in order (default: segment: the nine of MSRS; detect: those of the file)")  # fmt: skip
-        add("--block", type=int, default=8, help="neighbouring names that stay together in the split (default: 8)")
-        add("--test-every", type=int, default=4, metavar="N", help="one block in N is for the test (default: 4)")
+        add("--block", type=number(int, 1, LARGEST), default=8, help="neighbouring names that stay together in the split (default: 8)")
+        add("--test-every", type=number(int, 2, LARGEST), default=4, metavar="N",
+            help="one block in N is for the test (default: 4)")  # fmt: skip
         add("--out", type=Path, metavar="DIR", help=f"report.json, split.json (default: runs/downstream_{task})")
-        add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-        add("--steps", type=int, default=1000, help="default: 1000")
-        add("--batch", type=int, default=8, help="images a step (default: 8)")
-        add("--crop", type=int, nargs=2, default=[256, 256], metavar=("H", "W"),
+        add("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+        add("--steps", type=number(int, 1, LARGEST), default=1000, help="default: 1000")
+        add("--batch", type=number(int, 2, 2**16), default=8, help="images a step (default: 8)")
+        add("--crop", type=number(int, 2 * STRIDE, 2**14), nargs=2, default=[256, 256], metavar=("H", "W"),
             help=f"multiples of {STRIDE} (default: 256 256)")  # fmt: skip
-        add("--lr", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
+        add("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate (default: 0.001)")
         add("--network", default=NETWORKS[task],
             help="segment: an architecture of segmentation-models-pytorch; detect: a detector of torchvision "
             f"(default: {NETWORKS[task]})")  # fmt: skip
@@ -86,8 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = tasks.add_parser("shrink").add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="holds vi/, ir/ and segmentation/ or boxes.csv")
     add("--out", type=Path, required=True, metavar="DIR", help="the new data set")
-    add("--every", type=int, default=1, metavar="N", help="keep one pair in N (default: all)")
-    add("--scale", type=float, default=0.5, help="of both sides (default: 0.5)")
+    add("--every", type=number(int, 1, LARGEST), default=1, metavar="N", help="keep one pair in N (default: all)")
+    add("--scale", type=number(float, 0.01, 1), default=0.5, help="of both sides (default: 0.5)")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -142,10 +154,8 @@ def compare(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     args.seeds = list(dict.fromkeys(args.seeds))
-    if min(args.crop) < 2 * STRIDE or any(side % STRIDE for side in args.crop):
-        raise InputError(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}, from {2 * STRIDE}")
-    if min(args.block, args.steps) < 1 or min(args.batch, args.test_every) < 2 or not args.lr > 0:
-        raise InputError("--block and --steps must be at least 1, --batch and --test-every at least 2, --lr above 0")
+    if any(side % STRIDE for side in args.crop):
+        raise InputError(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
 
 
 def name_of(path: Path, paths: Sequence[Path]) -> str:
@@ -280,8 +290,6 @@ def spread(values: np.ndarray, sign: str = "") -> str:
 
 def shrink(args: argparse.Namespace) -> int:
     """Writes a part of a data set at another size: images averaged, masks by their nearest pixel, boxes scaled."""
-    if args.every < 1 or not 0 < args.scale <= 1:
-        raise InputError(f"--every {args.every} must be at least 1 and --scale {args.scale:g} in (0, 1]")
     vis, ir = find_modalities(args.data)
     if args.out.resolve() == args.data.resolve():
         raise InputError(f"--out {args.out} is the data set itself; name another folder")
@@ -290,6 +298,8 @@ def shrink(args: argparse.Namespace) -> int:
     for pair in progress(pairs, str(args.out), "pair"):
         for folder, image in zip((vis, ir), pair.read(read_colour, read_colour), strict=True):
             sizes[pair.name] = image.shape[:2]
+            if min(sizes[pair.name]) * args.scale < 1:
+                raise InputError(f"--scale {args.scale:g} leaves nothing of {pair.name}; take a larger one")
             small = cv2.resize(image, None, fx=args.scale, fy=args.scale, interpolation=cv2.INTER_AREA)
             write_image(args.out / folder.name / f"{pair.name}.png", small)
     masks, objects = (find_labels(args.data, task) for task in TASKS)

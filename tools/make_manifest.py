@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.common import InputError, in_checkout, run_script
+from utils.common import InputError, check_target, in_checkout, run_script
 from utils.data.manifests import make_manifest, write_manifest
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out names one file, but {len(args.sets)} sets were given; run once for each")
     for folder in args.sets:
         manifest = make_manifest(folder)
-        path = args.out or in_checkout("results", "manifests", f"{manifest['set']}.json")
+        path = check_target(args.out or in_checkout("results", "manifests", f"{manifest['set']}.json"))
         if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("images") != manifest["images"]:
             raise InputError(f"{path} lists other images than {folder}; choose another name with --out, or remove it")
         write_manifest(path, manifest)

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from utils.common import InputError, run_script, whole_file
+from utils.common import LARGEST, InputError, number, remember_source, run_script, whole_file
 from utils.evaluation.plots import new_figure, title_of
 from utils.evaluation.tables import markdown_table
 from utils.metrics import PAPER_TABLE
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log; in the order of training")
     add("--out", type=Path, metavar="PNG", help="default: curves.png beside the last log")
-    add("--last-hours", type=float, default=2, metavar="H", help="to judge by whether it still gains (default: 2)")
+    add("--last-hours", type=number(float, 0, LARGEST), default=2, metavar="H", help="to judge by whether it still gains (default: 2)")
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(show, parser.parse_args(argv))
 
@@ -80,6 +80,7 @@ def read(logs: Sequence[Path]) -> list[Epoch]:
     for log in logs:
         if not log.is_file():
             raise InputError(f"no log at {log}; name the folder that train.py --out made")
+        remember_source(log)
         name = log.parent.name if log.name == LOG else log.stem
         lines = log.read_text(errors="replace").splitlines()
         if not lines:

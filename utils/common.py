@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 try:
     import fcntl
@@ -30,6 +30,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 DATA_VARIABLE = "FUSION_DATA"
+LARGEST = 10**6  # number that an option takes, where nothing else is said
 SECONDS_BETWEEN_LINES = 60  # of progress, where it goes to a log file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,19 @@ def progress(items: Iterable[T], name: str, unit: str, total: int | None = None)
         if time.monotonic() - told > SECONDS_BETWEEN_LINES:
             print(f"{name}: {number} of {total or 'an unknown number of'} {unit}s", file=sys.stderr, flush=True)
             told = time.monotonic()
+
+
+def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """A type for argparse: int or float from `least` to `most`; never NaN."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} from {least:g} to {most:g}, got {text[:20]!r}")
+
+    return parse
 
 
 class InputError(ValueError):

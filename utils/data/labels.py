@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils.common import InputError, listed
+from utils.common import InputError, listed, remember_source
 
 IGNORE = 255  # the mask value of pixels that neither train nor count
 
@@ -82,6 +82,7 @@ def read_boxes(
             names = list(classes) or (path / "classes.txt").read_text(encoding="utf-8").split("\n")
             found = list(_yolo(path, sizes, [name.strip() for name in names if name.strip()]))
         else:
+            remember_source(path)
             found = list((_coco if path.suffix.lower() == ".json" else _csv)(path, sizes))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

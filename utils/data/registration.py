@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.common import InputError
+from utils.common import InputError, remember_source
 from utils.data.sources import Source
 
 TOLERANCE = 2.0  # pixels
@@ -141,6 +141,7 @@ def read_homography(path: Path | str) -> np.ndarray:
         InputError: not nine finite numbers, or a matrix that cannot be inverted.
     """
     path = Path(path)
+    remember_source(path)
     try:
         if path.suffix.lower() == ".npy":
             matrix = np.load(path, allow_pickle=False)

@@ -8,11 +8,10 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-from utils.common import InputError
+from utils.common import LARGEST, InputError
 from utils.inference.fusing import PRECISIONS
 from utils.training.optimizers import OPTIMIZERS
 
-LARGEST = 10**6  # number that an option takes
 LIMITS = {"above": ("more than", operator.gt), "low": ("at least", operator.ge),
           "below": ("less than", operator.lt), "most": ("at most", operator.le)}  # fmt: skip
 
