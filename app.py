@@ -33,7 +33,7 @@ import utils  # noqa: F401  before torch, see there
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from utils.common import InputError, file_sha256, in_checkout, number, run_script, sigterm_as_ctrl_c
+from utils.common import InputError, file_sha256, in_checkout, number_in, run_script, sigterm_as_ctrl_c
 from utils.data.images import read_grey, to_uint8, write_image
 from utils.data.pairs import find_modalities, list_pairs, task_of
 from utils.data.readers import Reading, auto_range, values_in
@@ -55,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="who reaches it can use the page (default: 127.0.0.1, this machine only)")
-    add("--port", type=number(int, 1, 2**16 - 1), help="default: 7860, or the next free one")
+    add("--port", type=number_in(int, 1, 2**16 - 1), help="default: 7860, or the next free one")
     add("--system", choices=SYSTEMS, default="cddfuse", help="the one that is shown first (default: cddfuse)")
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="of it, beside those in models/")
-    add("--max-pixels", type=number(float, 1, 1e12), default=4e6, metavar="N", help="of an image (default: 4e6)")
+    add("--max-pixels", type=number_in(float, 1, 1e12), default=4e6, metavar="N", help="of an image (default: 4e6)")
     add("--max-upload", type=parse_size, default="32MB", metavar="SIZE", help="of a file (default: 32MB)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="of the scores (default: paper)")
     fusing.add_inference_options(parser)

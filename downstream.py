@@ -37,7 +37,7 @@ from utils.common import (
     git_commit,
     listed,
     lock_run_dir,
-    number,
+    number_in,
     progress,
     run_script,
     whole_file,
@@ -76,16 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
             f"of {', '.join(LABELS[task])} in DIR)")  # fmt: skip
         add("--classes", nargs="+", default=MSRS if task == "segment" else [], metavar="NAME",
             help="all classes in order (default: segment: the nine of MSRS; detect: those of the file)")  # fmt: skip
-        add("--block", type=number(int, 1, LARGEST), default=8, help="neighbouring names that stay together in the split (default: 8)")
-        add("--test-every", type=number(int, 2, LARGEST), default=4, metavar="N",
+        add("--block", type=number_in(int, 1, LARGEST), default=8,
+            help="neighbouring names that stay together in the split (default: 8)")  # fmt: skip
+        add("--test-every", type=number_in(int, 2, LARGEST), default=4, metavar="N",
             help="one block in N is for the test (default: 4)")  # fmt: skip
         add("--out", type=Path, metavar="DIR", help=f"report.json, split.json (default: runs/downstream_{task})")
-        add("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-        add("--steps", type=number(int, 1, LARGEST), default=1000, help="default: 1000")
-        add("--batch", type=number(int, 2, 2**16), default=8, help="images a step (default: 8)")
-        add("--crop", type=number(int, 2 * STRIDE, 2**14), nargs=2, default=[256, 256], metavar=("H", "W"),
+        add("--seeds", type=number_in(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+        add("--steps", type=number_in(int, 1, LARGEST), default=1000, help="default: 1000")
+        add("--batch", type=number_in(int, 2, 2**16), default=8, help="images a step (default: 8)")
+        add("--crop", type=number_in(int, 2 * STRIDE, 2**14), nargs=2, default=[256, 256], metavar=("H", "W"),
             help=f"multiples of {STRIDE} (default: 256 256)")  # fmt: skip
-        add("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate (default: 0.001)")
+        add("--lr", type=number_in(float, 1e-9, 1e3), default=1e-3, help="highest learning rate (default: 0.001)")
         add("--network", default=NETWORKS[task],
             help="segment: an architecture of segmentation-models-pytorch; detect: a detector of torchvision "
             f"(default: {NETWORKS[task]})")  # fmt: skip
@@ -98,8 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = tasks.add_parser("shrink").add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="holds vi/, ir/ and segmentation/ or boxes.csv")
     add("--out", type=Path, required=True, metavar="DIR", help="the new data set")
-    add("--every", type=number(int, 1, LARGEST), default=1, metavar="N", help="keep one pair in N (default: all)")
-    add("--scale", type=number(float, 0.01, 1), default=0.5, help="of both sides (default: 0.5)")
+    add("--every", type=number_in(int, 1, LARGEST), default=1, metavar="N", help="keep one pair in N (default: all)")
+    add("--scale", type=number_in(float, 0.01, 1), default=0.5, help="of both sides (default: 0.5)")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 

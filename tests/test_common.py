@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 import dataprocessing
+import downstream
+import evaluate
 import fuse
 import test_IVF
 from tests.conftest import write_pair
 from tests.test_fuse import write_video
+from tools import make_manifest, plot_training
 from utils import common
 from utils.common import ROOT, InputError, check_target, lock_run_dir, remember_source, whole_file
 from utils.evaluation import benchmark
@@ -28,6 +31,9 @@ def data(tmp_path):
         write_pair(tmp_path / "data", ("vi", "ir"), name, seed, size=(43, 51))
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/a.xml").write_text("<annotation/>")
+    (tmp_path / "labels/h.json").write_text("[[1, 0, 0], [0, 1, 0], [0, 0, 1]]")
+    epoch = {"stage": "fusion", "step": 1, "seconds": 1, "losses": {"total": 1}}
+    (tmp_path / "labels/log.jsonl").write_text(json.dumps(epoch))
     (tmp_path / "out/CDDFuse_IVF/data").mkdir(parents=True)
     for place in ("out", "out/CDDFuse_IVF/data", "out/panels"):
         (tmp_path / place).mkdir(exist_ok=True)
@@ -60,6 +66,12 @@ def data(tmp_path):
         (dataprocessing.main, "--data data --degrade --out data/ir/1.png"),  # not one of those that are shown
         (dataprocessing.main, "--data data --degrade --out out/a.png"),
         (dataprocessing.main, "--data data --degrade --out pipe.png"),
+        (fuse.main, "--vi data/vi --ir data/ir --out new --homography labels/h.json --list labels/h.json"),
+        (evaluate.main, "--data data --baselines --jobs 1 --per-image linked/a.png"),
+        (evaluate.main, "--data data --baselines --jobs 1 --results data/vi/a.png"),
+        (make_manifest.main, "data --out out/a.png"),
+        (plot_training.main, "labels --out labels/log.jsonl"),
+        (downstream.main, "shrink --data data --out labels/../data"),
     ],
 )
 def test_no_source_is_written_over_and_nothing_but_a_file_is_written(data, main, options, capsys, monkeypatch):
@@ -70,11 +82,12 @@ def test_no_source_is_written_over_and_nothing_but_a_file_is_written(data, main,
     os.mkfifo("pipe.png")
     kept = [path for folder in ("data", "labels") for path in Path(folder).rglob("*.*")] + list(Path().glob("*.mkv"))
     before = {path: path.read_bytes() for path in kept}
-    device = () if main is dataprocessing.main else ("--device", "cpu")
+    device = ("--device", "cpu") if main in (fuse.main, test_IVF.main) else ()
     assert main([*device, *options.split()]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert any(text in said for text in ("written over", "write over", "pipe or a device", "is a folder", "--suffix"))
+    assert any(text in said for text in ("written over", "write over", "pipe or a device", "is a folder", "--suffix",
+                                         "not a file of results", "the data set itself"))  # fmt: skip
     assert {path: path.read_bytes() for path in kept} == before
     assert {*Path("data").rglob("*.*"), *Path().glob("*.mkv")} <= set(kept)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from utils.common import LARGEST, InputError, number, remember_source, run_script, whole_file
+from utils.common import LARGEST, InputError, number_in, remember_source, run_script, whole_file
 from utils.evaluation.plots import new_figure, title_of
 from utils.evaluation.tables import markdown_table
 from utils.metrics import PAPER_TABLE
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log; in the order of training")
     add("--out", type=Path, metavar="PNG", help="default: curves.png beside the last log")
-    add("--last-hours", type=number(float, 0, LARGEST), default=2, metavar="H", help="to judge by whether it still gains (default: 2)")
+    add("--last-hours", type=number_in(float, 0, LARGEST), default=2, metavar="H",
+        help="to judge by whether it still gains (default: 2)")  # fmt: skip
     add("--debug", action="store_true", help="show tracebacks")
     return run_script(show, parser.parse_args(argv))
 

@@ -74,7 +74,7 @@ def progress(items: Iterable[T], name: str, unit: str, total: int | None = None)
             told = time.monotonic()
 
 
-def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+def number_in(kind: type, least: float, most: float) -> Callable[[str], Any]:
     """A type for argparse: int or float from `least` to `most`; never NaN."""
 
     def parse(text: str) -> Any:
