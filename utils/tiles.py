@@ -105,9 +105,7 @@ class Tiles:
         totals: list[Tensor] = []
         for _, part, _ in self._sweep(block.sums, block.halo, maps, None, give_inside=True):
             if not totals:
-                # Thousands of tiles may follow. Apple's GPUs have no float64.
-                exact = torch.float32 if part[0].device.type == "mps" else torch.float64
-                totals = [torch.zeros_like(x, dtype=exact) for x in part]
+                totals = [torch.zeros_like(x, dtype=dtype_of_sums(x.device)) for x in part]
             for total, x in zip(totals, part, strict=True):
                 total += x
         return totals
@@ -165,6 +163,11 @@ class Tiles:
             return [(0, height)], [(0, width)]
         rows = max(1, math.isqrt(pixels), pixels // width)
         return _cut(height, rows), _cut(width, max(1, pixels // rows))
+
+
+def dtype_of_sums(device: torch.device) -> torch.dtype:
+    """Of sums over thousands of tiles. Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -171,11 +171,13 @@ def resized_rows(x: Tensor, top: int, bottom: int, height: int) -> Tensor:
 
     (B, C, h, W) -> (B, C, bottom - top, W)
     """
-    row = torch.arange(top, bottom, dtype=torch.float64, device=x.device)
-    source = ((row + 0.5) * x.shape[2] / height - 0.5).clamp_min(0)
-    above = source.long()
+    row = torch.arange(top, bottom, device=x.device)
+    # Where it lies in x, (row + 0.5) h / height - 0.5, in units of 1 / (2 height): whole numbers are exact on any device.
+    source = ((2 * row + 1) * x.shape[2] - height).clamp_min(0)
+    above = source // (2 * height)
     below = (above + 1).clamp_max(x.shape[2] - 1)
-    return torch.lerp(x[:, :, above], x[:, :, below], (source - above).to(x.dtype)[:, None])
+    share = (source % (2 * height)).to(x.dtype) / (2 * height)
+    return torch.lerp(x[:, :, above], x[:, :, below], share[:, None])
 
 
 class AttentionContext(NamedTuple):
