@@ -27,7 +27,7 @@ from utils.data import readers
 from utils.data.images import read_colour, read_grey
 from utils.data.pairs import list_pairs, read_as
 from utils.data.patches import PatchDataset
-from utils.data.readers import Reading, decode, stem_of
+from utils.data.readers import Reading, decode, pages_in, stem_of
 from utils.data.video import VideoPair
 
 RNG = np.random.default_rng(0)
@@ -334,6 +334,16 @@ def test_dicom_has_slope_window_and_monochrome1(tmp_path):
     np.testing.assert_array_equal(read_grey(path), 255 - stored // 8)
     rgb = (RGB >> 8).astype(np.uint8)
     np.testing.assert_array_equal(read_colour(write_dicom(tmp_path / "d.dcm", rgb, kind="RGB")), rgb)
+
+
+@pytest.mark.parametrize("wrong", [{"RescaleSlope": 0, "RescaleIntercept": 5},
+                                   {"WindowCenter": 1.7e308, "WindowWidth": 1.7e308}])  # fmt: skip
+def test_dicom_whose_range_is_none_is_refused_and_its_frames_are_at_most_its_bytes(tmp_path, wrong):
+    path = write_dicom(tmp_path / "a.dcm", np.arange(64, dtype=np.uint16).reshape(8, 8), NumberOfFrames=2**31, **wrong)
+    assert pages_in(path) == 1
+    path = write_dicom(tmp_path / "a.dcm", np.arange(64, dtype=np.uint16).reshape(8, 8), **wrong)
+    with pytest.raises(InputError, match="say with --ir-range LOW HIGH"):
+        read_grey(path, Reading("ir"))
 
 
 def test_a_nifti_volume_gives_its_slices_as_dicom_shows_them(tmp_path, capsys):

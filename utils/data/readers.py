@@ -211,7 +211,7 @@ def levels_of(name: str, given: Values, reading: Reading) -> np.ndarray:
     scale = reading.range or window or (full if values.dtype in (np.uint8, np.uint16) else None)
     if scale == "full":
         scale = full if full[0] <= low and high <= full[1] else None
-    if scale is None:
+    if scale is None or not 0 < scale[1] - scale[0] < math.inf:  # a damaged slope or window
         raise InputError(f"{name} holds {held}; say with {reading.option} LOW HIGH (or auto) what is black and white")
     if values.dtype == np.uint8 and scale == (0, 255):
         levels = values
@@ -293,7 +293,8 @@ def pages_in(path: Path) -> int:
         if suffix_of(path) == ".dcm":
             from pydicom import dcmread
 
-            return int(dcmread(path, stop_before_pixels=True).get("NumberOfFrames") or 1)
+            frames = int(dcmread(path, stop_before_pixels=True).get("NumberOfFrames") or 1)
+            return frames if frames <= path.stat().st_size else 1
         if suffix_of(path) in (".tif", ".tiff"):
             with TiffFile(path) as file:
                 return len(_whole_pages(file))
