@@ -264,6 +264,8 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
             key = "fusing" if share < 0.02 else "left" if share < 1 else "scoring"
             progress(share, say[key].format(seconds=seconds))
 
+        if task is None or weights not in desk.weights.get(system, {}):
+            raise InputError("choose the kind of the images, a system, and weights of that system")
         try:
             sources = [desk.read(vis, f"vis_{task}"), desk.read(ir, f"ir_{task}", spread)]
             advice = "tick the box that resizes, or crop one of them"

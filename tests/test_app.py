@@ -132,6 +132,7 @@ def test_bad_input_becomes_one_line_in_the_names_of_its_owner(visit, pair, tmp_p
         "notes.png (Infrared) is not an image": ask(pair[0], text),
         "smaller.png (Infrared) is 50x40": ask(pair[0], smaller),
         "counts.tif (Infrared) holds float32 values": ask(pair[0], counts),
+        "choose the kind of the images": (*ask(*pair)[:3], "mlfuse", *ask(*pair)[4:]),  # with weights of CDDFuse
         "has more than 0.05 megapixels": ask(grey(tmp_path / "large.png", np.zeros((250, 250))), pair[1]),
     }
     for wanted, inputs in cases.items():

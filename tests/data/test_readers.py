@@ -388,16 +388,23 @@ def test_two_constant_sources_are_not_normalised(tmp_path, capsys):
     assert "vi.png is nearly constant" in said and "ir.png is nearly constant" in said
 
 
-FORMATS = (".png", ".jpg", ".tif", ".bmp", ".webp", ".pgm", ".gif")
+FORMATS = (".png", ".jpg", ".tif", ".bmp", ".webp", ".pgm", ".gif", ".dcm", ".nii")
 
 
 @pytest.mark.slow
 def test_mutated_images_are_read_in_their_size_or_refused_in_a_line(tmp_path):
     draw, counts = random.Random(0), collections.Counter()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    for i in range(1000):
+    medical = {
+        ".dcm": write_dicom(tmp_path / "whole.dcm", pixels[..., 0]).read_bytes(),
+        ".nii": pytest.importorskip("nibabel").Nifti1Image(pixels[..., :1], np.eye(4)).to_bytes(),
+    }
+    for i in range(1300):
         suffix = FORMATS[i % len(FORMATS)]
-        data = bytearray(cv2.imencode(suffix, pixels[..., 0] if suffix == ".pgm" else pixels)[1].tobytes())
+        if suffix in medical:
+            data = bytearray(medical[suffix])
+        else:
+            data = bytearray(cv2.imencode(suffix, pixels[..., 0] if suffix == ".pgm" else pixels)[1].tobytes())
         for _ in range(draw.choice([1, 1, 3, 20])):
             place = draw.randrange(draw.choice([64, len(data)]))  # headers more often than chance would have it
             kind = draw.randrange(3)
