@@ -4,7 +4,6 @@ refused in one line."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import cv2
@@ -22,9 +21,8 @@ import train
 from tests.conftest import write_pair
 from tests.test_fuse import write_video
 from tools import plot_training
-from utils.common import run_script
 from utils.evaluation import benchmark
-from zoo import SYSTEMS, find_system
+from zoo import SYSTEMS
 
 NEVER = ("nan", "inf", "1e400", "", "word")
 VALUES = (*NEVER, "-1", "0", "1e-400", "9" * 400, str(2**31), str(2**63))
@@ -44,6 +42,7 @@ COMMANDS = {
     ],
     app.main: [""],
     plot_training.main: ["run"],
+    train.main: [f"--system {name} --data p.h5 --out t" for name in SYSTEMS],
 }  # fmt: skip
 
 
@@ -97,7 +96,8 @@ def test_every_number_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fuse, "open_method", lambda args: None)
     monkeypatch.setattr(fuse, "Session", lambda method, args, registration: argparse.Namespace(args=args))
     for module, name in ((fuse, "fuse_frames"), (fuse, "fuse_folder"), (benchmark, "load_method"), (app, "serve"),
-                         (evaluate, "evaluate"), (downstream, "train"), (plot_training, "read")):  # fmt: skip
+                         (evaluate, "evaluate"), (downstream, "train"), (plot_training, "read"),
+                         (train, "PatchDataset")):  # fmt: skip
         monkeypatch.setattr(module, name, accepts)
     monkeypatch.setattr(downstream, "check_libraries", lambda task: None)
     taken = refused = 0
@@ -115,28 +115,3 @@ def test_every_number_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, cap
                             refused += 1
     print(f"{taken} taken, {refused} refused")
     assert taken + refused >= 300
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_every_number_of_a_training_is_taken_or_refused_in_one_line(name, capsys):
-    system = find_system(name)
-    parser = train.build_parser(system)
-    kinds = [train.Options, system.Options] if name == "cddfuse" else [system.Options]
-    options = [item for kind in kinds for item in dataclasses.fields(kind) if item.type in ("int", "float")]
-
-    def take(args):
-        for kind in kinds:
-            train.take_options(args, kind)
-        return 0
-
-    def main(argv):
-        return run_script(take, parser.parse_args(argv))
-
-    taken = 0
-    for item in options:
-        for value in VALUES:
-            if is_accepted(main, [f"--{item.name.replace('_', '-')}={value}"], capsys):
-                assert value not in NEVER
-                taken += 1
-    print(f"{taken} taken, {len(VALUES) * len(options) - taken} refused")

@@ -172,7 +172,7 @@ def resized_rows(x: Tensor, top: int, bottom: int, height: int) -> Tensor:
     (B, C, h, W) -> (B, C, bottom - top, W)
     """
     row = torch.arange(top, bottom, device=x.device)
-    # Where it lies in x, (row + 0.5) h / height - 0.5, in units of 1 / (2 height): whole numbers are exact on any device.
+    # Where it lies in x, (row + 0.5) h / height - 0.5, in units of 1 / (2 height): whole numbers, exact everywhere.
     source = ((2 * row + 1) * x.shape[2] - height).clamp_min(0)
     above = source // (2 * height)
     below = (above + 1).clamp_max(x.shape[2] - 1)

@@ -190,19 +190,6 @@ def stopped(patch_file, tmp_path):
     return tmp_path / "run", argv
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(stopped, patch_file, tmp_path, capsys):
-    out, argv = stopped
-    content = (out / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(content[: len(content) // 2])
-    capsys.readouterr()
-    assert train.main([*argv, "--resume", "auto"]) == 0
-    printed = capsys.readouterr()
-    assert "or damaged" in printed.err and "Going on with" in printed.err
-    assert "previous.pt" in printed.out
-    train.main(arguments(patch_file, tmp_path / "straight"))
-    assert_same_run(tmp_path / "straight", out)
-
-
 def test_two_damaged_checkpoints_are_an_error_and_nothing_is_overwritten(stopped, capsys):
     out, argv = stopped
     for name in ("last.pt", "previous.pt"):

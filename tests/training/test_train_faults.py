@@ -167,18 +167,6 @@ def test_checkpoint_under_former_names_of_options_is_gone_on_with(saved, tmp_pat
     assert run(patches, tmp_path, *common, "--resume", "auto", "--max-minutes", "1e-6") == 75
 
 
-def test_finished_run_writes_its_weights_and_its_log_again(patch_file, tmp_path):
-    out = tmp_path / "run"
-    assert run(patch_file, out) == 0
-    before = read_file(out / "CDDFuse_IVF.pth"), (out / "log.jsonl").read_text()
-    (out / "CDDFuse_IVF.pth").unlink()
-    (out / "log.jsonl").write_text("half a li")
-    assert run(patch_file, out, "--resume", "auto") == 0
-    after = read_file(out / "CDDFuse_IVF.pth"), (out / "log.jsonl").read_text()
-    assert before[1] == after[1]
-    assert all(torch.equal(v, after[0]["DIDF_Encoder"][k]) for k, v in before[0]["DIDF_Encoder"].items())
-
-
 def test_weights_come_before_the_large_checkpoint(patch_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(run_state, "save_file", fail_with(OSError(28, "No space left on device")))
