@@ -45,8 +45,8 @@ def arguments(patch_file, out, *options):
 
 
 def trained(out):
-    """All tensors in the files of a run, and the losses of every epoch."""
-    saved = {path.name: read_file(path) for path in out.glob("*.p*")}
+    """All tensors in the last files of a run, and the losses of every epoch."""
+    saved = {path.name: read_file(path) for path in (out / "last.pt", *out.glob("*.pth"))}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return tensors_in(saved), [(line["losses"], line.get("validation")) for line in log]
 
