@@ -93,8 +93,8 @@ def test_every_number_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, cap
         (tmp_path / "masks").mkdir(exist_ok=True)
         cv2.imwrite(f"masks/{name}.png", np.zeros((43, 51), np.uint8))
         write_video(tmp_path / f"{'vi'[seed]}.mkv", 2, seed=seed)
-    monkeypatch.setattr(fuse, "open_method", lambda args: None)
-    monkeypatch.setattr(fuse, "Session", lambda method, args, registration: argparse.Namespace(args=args))
+    monkeypatch.setattr(fuse, "load_method", lambda *_: None)
+    monkeypatch.setattr(fuse, "Session", lambda method, args, homography: argparse.Namespace(args=args))
     for module, name in ((fuse, "fuse_frames"), (fuse, "fuse_folder"), (benchmark, "load_method"), (app, "serve"),
                          (evaluate, "evaluate"), (downstream, "train"), (plot_training, "read"),
                          (train, "PatchDataset")):  # fmt: skip

@@ -174,9 +174,9 @@ def resized_rows(x: Tensor, top: int, bottom: int, height: int) -> Tensor:
     row = torch.arange(top, bottom, device=x.device)
     # Where it lies in x, (row + 0.5) h / height - 0.5, in units of 1 / (2 height): whole numbers, exact everywhere.
     source = ((2 * row + 1) * x.shape[2] - height).clamp_min(0)
-    above = source // (2 * height)
+    above = torch.div(source, 2 * height, rounding_mode="floor")
     below = (above + 1).clamp_max(x.shape[2] - 1)
-    share = (source % (2 * height)).to(x.dtype) / (2 * height)
+    share = (source - 2 * height * above).to(x.dtype) / (2 * height)
     return torch.lerp(x[:, :, above], x[:, :, below], share[:, None])
 
 
