@@ -39,10 +39,10 @@ from utils.data.pairs import find_modalities, list_pairs, task_of
 from utils.data.readers import Reading, auto_range, values_in
 from utils.data.registration import edge_shift, register, resize
 from utils.data.sources import Source, read_source
+from utils.evaluation.folders import BASELINES
 from utils.inference import fusing
 from utils.inference.memory import format_size, parse_size
 from utils.metrics import METRICS, PROTOCOLS, score
-from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
 FEATURE_PIXELS = 150_000  # feature maps are shown small; those of CDDFuse took 2500 bytes a pixel
@@ -129,7 +129,8 @@ class Desk:
             raise InputError(f"there is no image yet: {WORDS['en'][key]}")
         name = f"{Path(path).name} ({WORDS['en'][key]})"
         try:
-            reading = Reading("ir" if key.startswith("ir") else "vi", memory=self.args.max_memory)
+            memory = self.args.max_memory if self.device.type == "cpu" else None
+            reading = Reading("ir" if key.startswith("ir") else "vi", memory=memory)
             if spread:
                 reading = reading._replace(range=auto_range(reading, [values_in(Path(path), reading)], name))
             source = read_source(Path(path), reading)._replace(name=name)
@@ -175,12 +176,12 @@ class Desk:
         write_image(file, fused)
         scale = min(1, math.sqrt(FEATURE_PIXELS / vis.grey.size))
         size = tuple(max(round(side * scale), model.smallest_side) for side in vis.size)
-        features = feature_maps(model, resize(vis.grey, size), resize(ir.grey, size))
+        features = fusing.feature_maps(model, resize(vis.grey, size), resize(ir.grey, size))
         return fused, file, facts, [(image, name) for name, image in features.items()], model.columns
 
     def table(self, fused: Path, vis: Source, ir: Source, names: Sequence[str], columns: Sequence[str]) -> str:
         """Scores of a file, of either source alone and of their average, as Markdown; ValueError: there are none."""
-        images = read_grey(fused), vis.grey, ir.grey, np.round((vis.grey + ir.grey) / 2)
+        images = read_grey(fused), *(make(vis.grey, ir.grey) for make in BASELINES.values())
         rows = [score(image, ir.grey, vis.grey, self.args.protocol, columns) for image in images]
         lines = [f"| | {' | '.join(names)} | |", "|---|" + "---:|" * len(names) + "---|"]
         for key in columns:

@@ -16,14 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from utils.common import BAD_PAIR, EXIT_BAD_INPUT, InputError, check_writable, in_checkout, progress, run_script
+from utils.common import (
+    BAD_PAIR,
+    EXIT_BAD_INPUT,
+    InputError,
+    check_writable,
+    in_checkout,
+    left_out,
+    progress,
+    run_script,
+)
 from utils.data.degradation import INFRARED, VISIBLE, to_8_bits
 from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_image
 from utils.data.pairs import Pair, add_pair_option, find_modalities, open_pairs, set_name
 from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
 from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
-from utils.evaluation.benchmark import left_out
 from utils.inference.memory import parse_size
 from utils.metrics import SMALLEST_SCORED
 

@@ -189,7 +189,7 @@ def count_costs(methods: Mapping[str, Path]) -> dict[str, dict[str, int]]:
 def report(
     args: argparse.Namespace, evaluation: Evaluation, set_name: str, costs: Mapping[str, dict[str, int]]
 ) -> None:
-    """Writes files first, then prints: who reads what is printed may close the pipe."""
+    """Writes files first, then prints: the reader of the output may close the pipe."""
     rows, commit = evaluation.rows, git_commit()
     facts = provenance(rows, commit)
     comparisons = compare(rows, find_row(rows, args.against)) if args.against else []

@@ -28,6 +28,7 @@ from utils.common import (
     InputError,
     check_target,
     check_writable,
+    left_out,
     listed,
     progress,
     remember_source,
@@ -41,17 +42,18 @@ from utils.data.readers import add_reading_options, readings_of, stem_of, suffix
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography, register
 from utils.data.sources import Source, read_sources
 from utils.data.video import FrameFolder, RunningRange, SequencePair, VideoFile, VideoPair, check_video_name, is_video
-from utils.evaluation.benchmark import Method, left_out, load_method
+from utils.evaluation.benchmark import Method, load_method
 from utils.inference.fusing import (
     COLOURS,
     SKIP_HELP,
     add_inference_options,
+    feature_maps,
     find_weights,
     fuse_sources,
+    keep_freed_memory,
     pick_device,
     pick_precision,
 )
-from utils.training.monitor import feature_maps
 from zoo import SYSTEMS, TASKS, find_system
 
 
@@ -111,12 +113,12 @@ class Session:
         maps = feature_maps(self.method.model, vis.grey, ir.grey)
         write_image(path, side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps.values(), to_uint8(fused)]))
 
-    def say_what_was_seen(self) -> None:
+    def warn_of_misaligned(self) -> None:
         if self.misaligned:
             off = listed(f"{name} by {shift}" for name, shift in self.misaligned.items())
             print(
-                f"warning: more than {TOLERANCE:g} pixels off, by the look of their edges, are the infrared images of "
-                f"{off}. Edges will be double; --homography FILE aligns, --no-check skips this check",
+                f"warning: by their edges, these infrared images look more than {TOLERANCE:g} pixels off: {off}. "
+                f"Edges will be double; --homography FILE aligns, --no-check skips this check",
                 file=sys.stderr,
             )
 
@@ -179,6 +181,7 @@ def fuse(args: argparse.Namespace) -> int:
     check_options(args, kind)
     homography = read_homography(args.homography) if args.homography else None
     device = pick_device(args.device)
+    keep_freed_memory()
     found, target = None, args.out
     if kind != "a video":
         found = find_pairs(args, kind, args.max_memory if device.type == "cpu" else None)
@@ -281,7 +284,7 @@ def fuse_pair(session: Session, pair: Pair, target: Path) -> int:
     print(f"{target}: {fused.shape[1]}x{fused.shape[0]}, {kind}, {bits} bits, fused in {elapsed_s:.2f} s")
     if session.args.panel:
         print(f"{panel_beside(target)}: visible, infrared, features (where the system shows them), fused")
-    session.say_what_was_seen()
+    session.warn_of_misaligned()
     return 0
 
 
@@ -311,7 +314,7 @@ def fuse_folder(session: Session, found: PairList) -> int:
     without = [entry["name"] for entry in done if args.annotations and not entry["annotation"]]
     if without:
         print(f"warning: no annotation in {args.annotations} for {listed(without)}", file=sys.stderr)
-    session.say_what_was_seen()
+    session.warn_of_misaligned()
     return 0 if len(done) == len(found.pairs) else EXIT_BAD_INPUT
 
 
@@ -350,7 +353,7 @@ def fuse_moving(session: Session, found: PairList | None) -> int:
     print(f"{args.out}: {sink.written} {sink.what}, in {elapsed_s:.1f} s ({sink.written / elapsed_s:.2f} a second)")
     if to_video and sink.padded:
         print("note: videos have even sides; the last column or row is there twice", file=sys.stderr)
-    session.say_what_was_seen()
+    session.warn_of_misaligned()
     if frames.rest:
         print(f"warning: {frames.rest}", file=sys.stderr)
     return EXIT_BAD_INPUT if bad or frames.rest else 0

@@ -51,7 +51,7 @@ def attention_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """
     q, k = (rearrange(x, "b c h w -> b (h w) c") for x in (q, k))
     # All C x C products, though only those within a head are used: one matrix product is faster than G thin ones.
-    products = _at_least_float32(q.transpose(1, 2) @ k)
+    products = at_least_float32(q.transpose(1, 2) @ k)
     # Squares of half-precision numbers are added up in float32; vector_norm takes several times as long.
     exact = torch.promote_types(q.dtype, torch.float32)
     return products, torch.cat([x.square().sum(dim=1, dtype=exact) for x in (q, k)], dim=1)
@@ -297,7 +297,7 @@ class Coupling(nn.Module):
     def couple(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, C, H, W) twice -> both changed, stacked along channels, (B, 2C, H, W)."""
         second = second + self.theta_phi(first)
-        gain = _at_least_float32(self.theta_rho(second)).exp().to(second.dtype)  # nothing bounds the exponent
+        gain = at_least_float32(self.theta_rho(second)).exp().to(second.dtype)  # nothing bounds the exponent
         return torch.cat([first * gain + self.theta_eta(second), second], dim=1)
 
 
@@ -402,7 +402,7 @@ class Restormer_Decoder(PublishedNetwork):
 
     @staticmethod
     def add_image(image: Tensor | None, residual: Tensor) -> Tensor:
-        residual = _at_least_float32(residual)
+        residual = at_least_float32(residual)
         return torch.sigmoid(residual if image is None else residual + image)
 
 
@@ -425,10 +425,10 @@ class CDDFuse(nn.Module):
         """The same as `fuse`, so that the system may be wrapped: DataParallel, torch.compile."""
         return self.fuse(vis, ir, skip)
 
-    def reconstruct(self, image: Tensor, with_image: bool = True) -> Tensor:
-        """Encodes and decodes one image, (B, 1, H, W) in [0, 1]; the decoder is given it, too, as published, or not."""
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Encodes and decodes one image, (B, 1, H, W) in [0, 1]; the decoder is given it, too, as published."""
         base, detail, _ = self.encoder(image)
-        return self.decoder(image if with_image else None, base, detail)[0]
+        return self.decoder(image, base, detail)[0]
 
     def fuse(self, vis: Tensor, ir: Tensor, skip: str = "vis") -> Tensor:
         """Fuses two aligned images of one size: (B, 1, H, W) in [0, 1] each -> the same shape and range.
@@ -472,7 +472,7 @@ def decoder_image(vis: Tensor, ir: Tensor, skip: str) -> Tensor | None:
     return vis if skip == "vis" else vis + ir
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

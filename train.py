@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -60,13 +59,13 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
     tasks = "; ".join(f"{name}: {text}" for name, text in TASKS.items())
     add("--system", default="cddfuse", choices=SYSTEMS, help="what to train (default: cddfuse)")
     add("--task", default="ivf", choices=TASKS, help=f"{tasks} (default: ivf)")
-    add("--recipe", choices=recipe_names(system), default=recipe,
-        help=f"where the defaults of all options below come from (default: {default_recipe(system)})")  # fmt: skip
+    add("--recipe", choices=list(system.recipes), default=recipe,
+        help=f"the recipe that all defaults below come from (default: {next(iter(system.recipes))})")  # fmt: skip
     add("--data", type=Path, help=f"patch file (default, for ivf alone: {DATA})")
     add("--out", type=Path, help="folder of the run (default: runs/<system>_<task>)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--init", type=Path, help="weights to start from, in the published format, not random ones")
-    start.add_argument("--init-partial", type=Path, metavar="INIT", help="the same, of what fits; it is said what does")
+    start.add_argument("--init-partial", type=Path, metavar="INIT", help="the same; loads what fits, and says what")
     add("--resume", metavar="auto|PATH", help="auto: go on from last.pt in --out if there is one; PATH: from that file")
     add("--force", action="store_true", help="resume although options changed")
     add("--max-minutes", type=float, default=0, metavar="M", help="stop, save and exit with code 75 after so long")
@@ -81,32 +80,23 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
     return parser
 
 
-def recipe_names(system: type) -> list[str]:
-    """What --recipe may be, the default first."""
-    return list(dict.fromkeys([*system.recipes, *([PUBLISHED] if system.published_recipe else [])]))
-
-
-def default_recipe(system: type) -> str:
-    return recipe_names(system)[0]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     # System and recipe decide which options there are, and their defaults, so they are looked for first.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--system", default="cddfuse", choices=SYSTEMS)
     system = find_system(first.parse_known_args(argv)[0].system)
-    first.add_argument("--recipe", default=default_recipe(system))
+    first.add_argument("--recipe", default=next(iter(system.recipes)))
     recipe = first.parse_known_args(argv)[0].recipe
     return run_script(lambda args: train(args, system), build_parser(system, recipe).parse_args(argv))
 
 
 def train(args: argparse.Namespace, system: type) -> int:
     started = time.monotonic()
-    if args.recipe != PUBLISHED and system.published_recipe and int(os.environ.get("RANK", 0)) == 0:
-        log(f"recipe {args.recipe}; the published one: --recipe {PUBLISHED}")
     device = pick_device(args.device)
     keep_freed_memory()
     with process_group(device), contextlib.ExitStack() as held:
+        if args.recipe != PUBLISHED and PUBLISHED in system.recipes and is_first():
+            log(f"recipe {args.recipe}; the published one: --recipe {PUBLISHED}")
         run = prepare(args, system, device, held)
         if run.epoch < run.epochs:
             with Stop(args.max_minutes - (time.monotonic() - started) / 60 if args.max_minutes else 0) as stop:
@@ -157,13 +147,14 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     stages = model.stages(system_options, args.task)
     run = Run(model, stages, options, dataset, settings, facts, out, f"{system.label}_{args.task.upper()}.pth")
     run.compile = args.compile
-    # Before a checkpoint is read that another process may yet replace.
+    # Lock first: another process could still replace the checkpoint that is read next.
     from_first(lambda: held.enter_context(lock_run_dir(out)))
     resumed = resume(run, args)
     if not resumed and (args.init or args.init_partial):
         start_from(run, args)
-    is_taken = lambda: run_state.is_taken(run, begins_again=args.resume == "auto")  # noqa: E731
-    if (not resumed or resumed.parent != out) and from_first(is_taken):
+    if (not resumed or resumed.parent != out) and from_first(
+        lambda: run_state.is_taken(run, begins_again=args.resume == "auto")
+    ):
         advice = "" if args.resume == "auto" else "go on with --resume auto, or "
         raise InputError(f"{out} holds a run or weights already; {advice}choose another --out")
     check_writable(out)

@@ -16,8 +16,7 @@ import torch
 from utils.common import in_checkout, run_script, whole_file
 from utils.data.images import read_colour, to_uint8, with_colour_of
 from utils.data.pairs import find_modalities, list_pairs
-from utils.inference.fusing import load_fuser, to_levels, to_network
-from utils.training.monitor import feature_maps
+from utils.inference.fusing import feature_maps, load_fuser, to_levels, to_network
 from zoo.cddfuse import CDDFuseSystem
 
 SETS = {"ivf": ("Sample_IVF",), "mif": ("Sample_MRI_CT", "Sample_MRI_PET")}

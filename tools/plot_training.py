@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from utils.common import LARGEST, InputError, number_in, remember_source, run_script, whole_file
-from utils.evaluation.plots import new_figure, title_of
+from utils.common import LARGEST, InputError, number_in, remember_source, run_script
+from utils.evaluation.plots import new_figure, save, title_of
 from utils.evaluation.tables import markdown_table
 from utils.metrics import PAPER_TABLE
 
@@ -65,8 +65,7 @@ def show(args: argparse.Namespace) -> int:
         print("\nfewer than two looks at the same validation pairs; "
               "see --holdout of dataprocessing.py, --validate-every of train.py")  # fmt: skip
     out = args.out or logs[-1].with_name("curves.png")
-    with whole_file(out) as temporary:
-        draw(epochs).savefig(temporary, dpi=150, format="png")
+    save(draw(epochs), out)
     print(f"curves: {out}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -26,6 +27,7 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 BAD_PAIR = (ValueError, OSError, RuntimeError, MemoryError)  # what costs a pair only; RuntimeError: torch's memory
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -105,7 +107,7 @@ def run_script(body: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except (InputError, OSError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"error: {str(error) or 'there is not enough memory'}", file=sys.stderr)
+        print(f"error: {reason_of(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; files already written are whole", file=sys.stderr)
@@ -235,6 +237,19 @@ def benchmark_root() -> Path:
     """The folder that benchmark sets are looked for in: as the environment says, else in this checkout."""
     given = os.environ.get(DATA_VARIABLE)
     return Path(given) / "test_img" if given else in_checkout("test_img")
+
+
+def reason_of(error: Exception) -> str:
+    return str(error) or "there is not enough memory"
+
+
+def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
+    """Names a bad pair, with what becomes of it; raises the error where the run cannot go on, or for --debug."""
+    if args.debug or getattr(error, "errno", None) in HOPELESS:
+        raise error
+    from tqdm import tqdm  # here, as in `progress`
+
+    tqdm.write(f"warning: {name}: {reason_of(error).splitlines()[0]}; {fate}", file=sys.stderr)
 
 
 def free_memory() -> int | None:

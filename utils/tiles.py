@@ -22,6 +22,7 @@ from torch import Tensor
 
 Cuts = list[tuple[int, int]]
 Place = tuple[slice, slice]  # rows and columns
+Inside = tuple[Any, slice, slice]  # the pixels of a tile without its halo, as an index
 
 
 class Memory:
@@ -89,10 +90,11 @@ class Tiles:
                 "tiles are for inference: use torch.inference_mode() or torch.no_grad(), or call the network itself"
             )
         height, width = parts[0][1].shape[2:]
-        sweeps = [self._sweep(self._local(block, maps), block.halo, maps, out) for block, *maps in parts]
-        for found in zip(*sweeps, strict=True):
-            rows, columns = found[0][0]
-            piece = merge(*(tile[inside] for _, tile, inside in found))
+        functions = [self._local(block, maps) for block, *maps in parts]
+        sweeps = [self._sweep(block.halo, maps, out) for block, *maps in parts]
+        for tiles in zip(*sweeps, strict=True):
+            rows, columns = tiles[0][0]
+            piece = merge(*(f(*tile)[inside] for f, (_, tile, inside) in zip(functions, tiles, strict=True)))
             if piece.shape[2:] == (height, width):
                 return piece
             if out is None:
@@ -103,7 +105,8 @@ class Tiles:
     def sums(self, block: Any, *maps: Tensor) -> list[Tensor]:
         """block.sums over the whole image."""
         totals: list[Tensor] = []
-        for _, part, _ in self._sweep(block.sums, block.halo, maps, None, give_inside=True):
+        for _, tile, inside in self._sweep(block.halo, maps, None):
+            part = block.sums(*tile, inside)
             if not totals:
                 totals = [torch.zeros_like(x, dtype=dtype_of_sums(x.device)) for x in part]
             for total, x in zip(totals, part, strict=True):
@@ -121,14 +124,9 @@ class Tiles:
         return local
 
     def _sweep(
-        self,
-        function: Callable[..., Any],
-        halo: int,
-        maps: Sequence[Tensor],
-        out: Tensor | None,
-        give_inside: bool = False,
-    ) -> Iterator[tuple[Place, Any, tuple[Any, ...]]]:
-        """The place of each tile, function(*tile with halo), and the index of the tile in it.
+        self, halo: int, maps: Sequence[Tensor], out: Tensor | None
+    ) -> Iterator[tuple[Place, list[Tensor], Inside]]:
+        """The place of each tile, its maps with their halo, and the index of the tile in them.
 
         A tile may be written to its place in `out` as soon as it is there, even where `out` is one of the maps.
         """
@@ -150,8 +148,7 @@ class Tiles:
                 # Pixels near an inner edge see padding in place of their neighbours; they belong to another tile.
                 inside = (..., slice(top - first, bottom - first), slice(left - start, right - start))
                 tile = [self.memory.fetch(band[..., start : right + halo]) for band in bands]
-                found = function(*tile, inside) if give_inside else function(*tile)
-                yield (slice(top, bottom), slice(left, right)), found, inside
+                yield (slice(top, bottom), slice(left, right)), tile, inside
             del bands, band
             self.memory.row_done()
 

@@ -75,9 +75,8 @@ class System:
     step_bytes = 0  # bytes a pixel of a batch, in float32, that a training step takes; 0: not known
     Options: type = NoOptions  # of its training: a frozen dataclass with fields made by `option`
     # Name -> values of training options that differ from their defaults, which are those of CDDFuse's published code.
-    # The first is the default, "published" where there is none.
-    recipes: Mapping[str, Mapping[str, Any]] = {}
-    published_recipe = True  # whether "published" is among its recipes even where `recipes` does not name it
+    # The first is the default.
+    recipes: Mapping[str, Mapping[str, Any]] = {"published": {}}
 
     @property
     def published_networks(self) -> dict[str, str]:

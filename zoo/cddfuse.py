@@ -37,12 +37,12 @@ class Options:
     gradient_weight_1: float = option(5.0, "weight of the gradient of the visible reconstruction", low=0)
     intensity_weight: float = option(1.0, "weight of the intensity of the fused image", low=0)
     gradient_weight_2: float = option(10.0, "weight of the gradient of the fused image", low=0)
-    range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not of the "
+    range_weight: float = option(0.0, "weight of how far the fused image leaves the levels of both sources; not in the "
                                  "paper", low=0)  # fmt: skip
     range_radius: int = option(1, "pixels within which --range-weight looks for these levels", low=0,
                                most=100)  # fmt: skip
     difference_weight: float = option(0.0, "weight of how little the fused image less one source correlates with the "
-                                      "other; not of the paper", low=0)  # fmt: skip
+                                      "other; not in the paper", low=0)  # fmt: skip
     fused_ssim_weight: float = option(0.0, "weight of the dissimilarity of the fused image from both sources; not of "
                                       "the paper", low=0)  # fmt: skip
     ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
@@ -76,6 +76,7 @@ class CDDFuseSystem(System, net.CDDFuse):
             "ema": 0.998, "crop": 64, "flips": True, "precision": "auto", "epoch_batches": 500, "stage1_epochs": 4,
             "stage2_epochs": 26,
         },
+        "published": {},
     }  # fmt: skip
 
     @classmethod

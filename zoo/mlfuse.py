@@ -211,7 +211,7 @@ class AttentionBranch(nn.Module):
     def gather(self, rows: Rows, ranges: list[tuple[int, int]]) -> AttentionContext:
         means, sizes, pooled, sums = [], [], [], []
         for top, bottom in ranges:
-            x = _at_least_float32(rows(top, bottom)).flatten(2)  # (B, 32, n)
+            x = net.at_least_float32(rows(top, bottom)).flatten(2)  # (B, 32, n)
             scores = F.conv1d(x, self.conv_q_right.weight.flatten(2).to(x.dtype))  # (B, 1, n)
             # torch's softmax adds up 65 536 pixels with a relative error of 5e-5, its logsumexp with one of 1e-7.
             sums.append(scores.logsumexp(dim=2))
@@ -238,7 +238,7 @@ class AttentionBranch(nn.Module):
 
     @staticmethod
     def _logits(x: Tensor, query: Tensor) -> Tensor:
-        return (_at_least_float32(x) * query).sum(dim=1, keepdim=True)
+        return (net.at_least_float32(x) * query).sum(dim=1, keepdim=True)
 
 
 class MLFuse(nn.Module):
@@ -368,7 +368,3 @@ class MLFuseSystem(System, nn.Module):
         """Saves in the published format: `epoch` beside the network, and keys without `module.`."""
         beside = {"epoch": (about or {}).get("epochs", 0)}
         save_checkpoint(path, self, about, half=half, prefix="", beside=beside)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -19,6 +19,7 @@ from utils.common import ROOT
 from utils.data.images import read_grey, write_image
 from utils.data.manifests import list_hash, make_manifest, pair_hash
 from utils.data.pairs import list_pairs
+from utils.evaluation import folders
 from utils.evaluation.tables import read_results
 from utils.metrics import METRICS, PAPER_TABLE, TABLES, score
 
@@ -170,6 +171,20 @@ def test_missing_mismatched_and_damaged_images_are_named_and_the_rest_is_scored(
     assert "Maximum: no sources for 03.bmp" in err
     assert [row["pairs"] for row in found["rows"]] == [2, 1]
     assert found["rows"][0]["mean"] == pytest.approx(means(scene, "Maximum", ".bmp", names=("01", "02")), rel=1e-12)
+
+
+def test_pair_that_memory_does_not_hold_is_named_and_the_rest_is_scored(scene, capsys, monkeypatch):
+    score = folders.score
+
+    def small(image, *others):
+        if image[0, 0] == read_grey(scene / "Maximum" / "02.bmp")[0, 0]:
+            raise MemoryError
+        return score(image, *others)
+
+    monkeypatch.setattr(folders, "score", small)
+    code, found, err = run_json(capsys, "--fused", scene / "Maximum", "--data", scene / "SMALL")
+    assert code == 2 and "Maximum, 02: there is not enough memory; left out" in err
+    assert found["rows"][0]["pairs"] >= 1
 
 
 def test_rows_about_different_images_are_said_to_be(scene, capsys):

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from utils.common import InputError, resident_memory
 from utils.inference import memory
-from utils.inference.fusing import fuse_arrays, fuse_with_tiles
+from utils.inference.fusing import feature_maps, fuse_arrays, fuse_with_tiles
 from utils.inference.memory import BoundedMemory, parse_size, plan_memory
 from utils.tiles import Tiles
-from utils.training.monitor import feature_maps
 from zoo import find_system
 from zoo.cddfuse import CDDFuseSystem
 

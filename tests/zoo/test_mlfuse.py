@@ -197,7 +197,7 @@ def test_attention_context_of_many_equal_pixels_is_exact(network):
 def test_reference_table_on_the_published_pairs(checkpoint, fusion_data, tmp_path, capsys, order):
     code = test_MIF.main([
         "--system", "mlfuse", "--weights", str(checkpoint), "--data", str(fusion_data / "mlfuse/ct_mri_set"),
-        "--pairs", "flat", "--stems", *order, "--legacy-rounding", "--out", str(tmp_path), "--device", "cpu",
+        "--stems", *order, "--legacy-rounding", "--out", str(tmp_path), "--device", "cpu",
     ])  # fmt: skip
     assert code == 0 and "21 pairs" in capsys.readouterr().out
     folder = tmp_path / "model_fuse" / "ct_mri_set"

@@ -80,7 +80,7 @@ class PairList(NamedTuple):
         return "; ".join(f"no {missing} partner for {listed(names)}" for names, missing in sides if names)
 
     def check_usable(self, advice: str = "") -> None:
-        """Says once, before the work, what would be said of every pair. One good pair is enough.
+        """Fails before the work if no pair can be used.
 
         Raises:
             InputError: every pair is of two sizes or cannot be read; `advice` comes after that.

@@ -36,7 +36,7 @@ DEEP_FRAMES = int.from_bytes(b"Y1\0\x10", "little")  # what FFmpeg calls grey fr
 
 # What is wrong with a file is said here, in one line.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # for who configures logging, not for the terminal
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # for whoever configures logging
 Image.MAX_IMAGE_PIXELS = None
 
 

@@ -295,9 +295,9 @@ def check_video_name(path: Path) -> None:
 class RunningRange:
     """Min-max normalises each frame by the range of the last frames, not by its own, so that brightness is steady.
 
-    Normalised on its own, as single images are, a frame is brightened or darkened as a whole by one bright pixel that
-    comes or goes. Here lowest and highest value are exponential averages over the frames so far; what lies beyond
-    them is clipped. Given to `utils.inference.fusing.fuse_arrays` as `normalise`.
+    If each frame were normalised alone, as single images are, one bright pixel that comes or goes would brighten or
+    darken the whole frame. Here the lowest and highest value are exponential averages over the frames so far; what lies
+    beyond them is clipped. Given to `utils.inference.fusing.fuse_arrays` as `normalise`.
 
     Args:
         frames: after so many frames, a change of the range has been followed to 63 %. 0 normalises each frame alone.
@@ -306,7 +306,7 @@ class RunningRange:
     def __init__(self, frames: float) -> None:
         self.kept = math.exp(-1 / frames) if frames > 0 else 0.0
         self.low = self.high = math.nan
-        self.mean_alone = 0.0  # what the mean of the last frame, in [0, 255], were if normalised alone
+        self.mean_alone = 0.0  # mean of the last frame, in [0, 255], if it were normalised alone
 
     def __call__(self, fused: Tensor) -> Tensor:
         """One frame as the system gives it, (1, 1, H, W) -> the same in [0, 1]."""

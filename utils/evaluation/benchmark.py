@@ -6,7 +6,6 @@ The scripts differ in the sets they take by default; what depends on the system 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import sys
 import time
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils.common import (
     BAD_PAIR,
@@ -28,6 +26,7 @@ from utils.common import (
     file_sha256,
     git_commit,
     in_checkout,
+    left_out,
     lock_run_dir,
     progress,
     remember_source,
@@ -45,13 +44,12 @@ from utils.inference.fusing import (
     add_inference_options,
     find_weights,
     fuse_arrays,
+    keep_freed_memory,
     load_system,
     pick_device,
     pick_precision,
 )
 from utils.metrics import PROTOCOLS, score
-
-HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what befalls one file will befall all
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--stems", nargs=2, metavar=("VIS", "IR"),
         help="one folder --data holds both images of every pair: what comes before the number in their names, visible "
         "or MRI first, such as: mrict ct")  # fmt: skip
-    add("--pairs", choices=("folders", "flat"), help=argparse.SUPPRESS)  # older commands; --stems says it all
     add("--limit", type=int, metavar="N", help="a quick look: the first N pairs of each set")
     add("--weights", type=Path, nargs="+", metavar="FILE",
         help="files, or published: those in published/models/, once it is cloned (default: those in models/ for the "
@@ -123,11 +120,14 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[Any]) -> int:
     """Fuses and scores every set with every weight file. Returns 0, or 2 when a pair had to be left out."""
     device = pick_device(args.device)
+    keep_freed_memory()
     args.precision = pick_precision(args.precision, device)
     # Everything that can be wrong is looked at before the first image is fused.
     columns = choose_columns(args.columns) if args.columns else systems[0].columns
     if args.degrade is not None and args.degrade < 0:
         raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
+    if args.degrade is not None and args.colour:
+        raise InputError("--colour takes the colours of the sources, which --degrade changes; leave one of them out")
     test_sets = find_sets(args, benchmark, args.max_memory if device.type == "cpu" else None)
     methods = [load_method(path, system, device, args.skip, benchmark.task)
                for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
@@ -263,14 +263,6 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
         except BAD_PAIR as error:
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
     return ScoreSheet(method.label, images, list_hash(hashes))
-
-
-def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
-    """Names a bad pair, with what becomes of it; raises the error where the run cannot go on, or for --debug."""
-    if args.debug or getattr(error, "errno", None) in HOPELESS:
-        raise error
-    reason = (str(error) or "there is not enough memory").splitlines()[0]
-    tqdm.write(f"warning: {name}: {reason}; {fate}", file=sys.stderr)
 
 
 def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.common import InputError, listed, progress
+from utils.common import BAD_PAIR, InputError, listed, progress, reason_of
 from utils.data.images import is_coloured, read_colour, read_grey, to_uint8
 from utils.data.manifests import list_hash, pair_hash
 from utils.data.pairs import Pair, PairList, list_pairs
@@ -151,8 +151,8 @@ def _score_pair(
     try:
         grey = pair.read()
         colour = [read_colour(path) for path in (pair.vis, pair.ir)] if "vifb" in protocols else []
-    except (ValueError, OSError) as error:
-        result.problems.append(f"{pair.name}: {_first_line(error)}; left out for every method")
+    except BAD_PAIR as error:
+        result.problems.append(f"{pair.name}: {reason_of(error).splitlines()[0]}; left out for every method")
         return result
     result.hash = pair_hash(*grey)
     result.too_small_for = [key for key in wanted if min(grey[0].shape) < METRICS[key].min_side]
@@ -178,8 +178,8 @@ def _score_pair(
                     vis, ir = vis[..., 0], ir[..., 0]
                 values = score(image, ir, vis, protocol, metrics)
                 result.scores[method, protocol] = {key: values.get(key, float("nan")) for key in wanted}
-        except (ValueError, OSError) as error:
-            result.problems.append(f"{method}, {pair.name}: {_first_line(error)}; left out")
+        except BAD_PAIR as error:
+            result.problems.append(f"{method}, {pair.name}: {reason_of(error).splitlines()[0]}; left out")
     return result
 
 
@@ -189,7 +189,3 @@ def _read_as_stored(path: Path) -> np.ndarray:
     if is_coloured(image) or cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED).ndim > 2:
         return image
     return image[..., 0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

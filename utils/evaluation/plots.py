@@ -35,4 +35,5 @@ def title_of(metric: str) -> str:
 
 def save(figure: Any, path: Path) -> None:
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, metadata={"Software": None})  # the same bytes from the same numbers
+        # Without metadata: the same bytes from the same numbers.
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})

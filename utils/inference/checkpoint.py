@@ -2,9 +2,9 @@
 
 A published file is one dict from network name (`DIDF_Encoder`, ...) to state dict, with every key inside prefixed by
 `module.`. A model names its parts in `published_networks`, a dict from the name in the file to the attribute that
-holds the network; a file of one network may also be its state dict alone. Read are all the forms in which people save
-such weights: see `load_checkpoint`. We write the published form, if asked for in half precision, plus one entry
-`about` of plain values (task, commit, recipe), which code written for the published files does not look at.
+holds the network; a file of one network may also be its state dict alone. All forms in which people save such weights
+are read: see `load_checkpoint`. We write the published form, on request in half precision, plus one entry `about` of
+plain values (task, commit, recipe), which code written for the published files does not look at.
 """
 
 from __future__ import annotations

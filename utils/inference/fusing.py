@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from utils.common import InputError, file_sha256, in_checkout, resident_memory
 from utils.data.images import with_colour_of
@@ -282,6 +283,35 @@ def fuse_in_tiles(model: Any, vis: Tensor, ir: Tensor, skip: str, tiles: Tiles) 
     if hasattr(model, "fuse_tiled") and 0 < tiles.pixels < vis[:, 0].numel() * 2:
         return model.fuse_tiled(vis, ir, skip, tiles)
     return model.fuse(vis, ir, skip)
+
+
+@torch.inference_mode()
+def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.ndarray]:
+    """What a system shows of its features of a pair, for a panel; nothing where it shows none.
+
+    Args:
+        model: the system, in evaluation mode.
+        vis, ir: grey levels (H, W) in [0, 255].
+
+    Returns:
+        By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, normalised to the full range.
+        Nothing, and a line on stderr, where a GPU has no memory for them.
+    """
+    if not hasattr(model, "features"):
+        return {}
+    device = next(model.parameters()).device
+    try:
+        maps = model.features(to_network(vis, device), to_network(ir, device))
+    except torch.OutOfMemoryError:
+        tqdm.write(f"warning: {device} has no memory for the features of a pair; they are not drawn", file=sys.stderr)
+        return {}
+    return {name: _normalised(value) for name, value in maps.items()}
+
+
+def _normalised(maps: Tensor) -> np.ndarray:
+    magnitude = maps[0].float().abs().mean(dim=0)
+    low, high = magnitude.min(), magnitude.max()
+    return ((magnitude - low) / (high - low).clamp_min(1e-12) * 255).round().byte().cpu().numpy()
 
 
 def find_weights(system: type, task: str, given: Path | str | None = None) -> list[Path]:

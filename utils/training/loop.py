@@ -182,8 +182,9 @@ class Run:
                 parameter.requires_grad_(name in networks)
 
     def train_step(self, stage: Stage, losses: list[nn.Module], batch: Batch) -> None:
-        """One step: an update for each pass of the stage. But for `prepare`, and kernels of a few numbers that kornia
-        copies to it, nothing makes a GPU wait for the host.
+        """One step: an update for each pass of the stage.
+
+        A GPU does not wait for the host here, except in `prepare` and for small kernels that kornia copies to it.
         """
         self.set_learning_rates()
         given = stage.prepare(batch, (self.options.seed, self.step, rank()))
@@ -198,7 +199,7 @@ class Run:
             torch._foreach_lerp_(self.ema, self.floating, 1 - decay)
 
     def update(self, stage: Stage, part: Pass, losses: nn.Module, batch: Batch, given: Any) -> None:
-        """One pass: losses, gradients, and a step of the optimiser, which passes over all without gradients."""
+        """One pass: losses, gradients, and a step of the optimiser, which skips parameters without gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with autocast(self.device, self.options.precision):

@@ -157,7 +157,7 @@ def fusion_loss(
 def range_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, radius: int = 1) -> Tensor:
     """Mean distance of the fused image from the grey levels that either source has within `radius` pixels.
 
-    Not of the paper. The gradient of `fusion_loss` is a magnitude, which a dark line in a bright area satisfies as
+    Not in the paper. The gradient of `fusion_loss` is a magnitude, which a dark line in a bright area satisfies as
     well as the edge that it stands for; such lines lie outside these levels. With a radius of 0 each pixel is to lie
     between its two sources.
     """
@@ -172,7 +172,7 @@ def difference_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
     """2 - CC(fused - ir, vis) - CC(fused - vis, ir), in [0, 4]: what the fused image has beyond one source should be
     what the other shows.
 
-    Not of the paper, whose fusion loss asks for the brighter source: where one is brighter everywhere, nothing of the
+    Not in the paper, whose fusion loss asks for the brighter source: where one is brighter everywhere, nothing of the
     other's areas is asked for. The sum is the metric SCD of the images given (in training, of crops), so weights
     trained with it are to be judged by the other metrics.
 
@@ -187,7 +187,7 @@ def difference_loss(vis: Tensor, ir: Tensor, fused: Tensor) -> Tensor:
 def fused_ssim_loss(vis: Tensor, ir: Tensor, fused: Tensor, *, borders: str = "reflect") -> Tensor:
     """Mean of (1 - SSIM(vis, fused)) + (1 - SSIM(ir, fused)), in [0, 4]; borders as in `ssim_map`.
 
-    Not of the CDDFuse paper; in MLFuse all that holds the fused image (`multi_branch_loss`).
+    Not in the CDDFuse paper; in MLFuse the only loss on the fused image (`multi_branch_loss`).
     """
     return (2 - (ssim_map(vis, fused, borders=borders) + ssim_map(ir, fused, borders=borders))).mean()
 

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.images import grey_of, one_below_another, side_by_side, to_uint8
 from utils.data.patches import Batch, ValidationPair
 from utils.data.saliency import visual_saliency
 from utils.evaluation.scores import means
-from utils.inference.fusing import autocast, fuse_arrays, to_network
+from utils.inference.fusing import autocast, feature_maps, fuse_arrays, to_network
 from utils.metrics import PAPER_TABLE, score
 from utils.training.distributed import alone
 from utils.training.stages import Stage
@@ -92,29 +91,6 @@ def draw_panel(
     return one_below_another(rows)
 
 
-@torch.inference_mode()
-def feature_maps(model: Any, vis: np.ndarray, ir: np.ndarray) -> dict[str, np.ndarray]:
-    """What a system shows of its features of a pair, for a panel; nothing where it shows none.
-
-    Args:
-        model: the system, in evaluation mode.
-        vis, ir: grey levels (H, W) in [0, 255].
-
-    Returns:
-        By name, such as "base vis", uint8 (H, W): the mean magnitude over channels, normalised to the full range.
-        Nothing, and a line on stderr, where a GPU has no memory for them.
-    """
-    if not hasattr(model, "features"):
-        return {}
-    device = next(model.parameters()).device
-    try:
-        maps = model.features(to_network(vis, device), to_network(ir, device))
-    except torch.OutOfMemoryError:
-        log(f"warning: {device} has no memory for the features of a pair; they are not drawn", error=True)
-        return {}
-    return {name: _normalised(value) for name, value in maps.items()}
-
-
 def open_curves(folder: Path, step: int) -> Any:
     """A writer of curves for TensorBoard in a folder; None where the package `tensorboard` is not installed, or cannot
     open the folder."""
@@ -136,9 +112,3 @@ def add_scalars(curves: Any, step: int, groups: Mapping[str, Any]) -> None:
             add_scalars(curves, step, {f"{name}/{key}": inner for key, inner in value.items()})
         else:
             curves.add_scalar(name, value, step)
-
-
-def _normalised(maps: Tensor) -> np.ndarray:
-    magnitude = maps[0].float().abs().mean(dim=0)
-    low, high = magnitude.min(), magnitude.max()
-    return ((magnitude - low) / (high - low).clamp_min(1e-12) * 255).round().byte().cpu().numpy()

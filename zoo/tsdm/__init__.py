@@ -93,7 +93,6 @@ class TSDMFusion(System, nn.Module):
     smallest_batch = 2  # the discriminator compares with a mean over the batch, and has batch norm
     Options = Options
     # The published loops, as far as they differ from CDDFuse's. With two of them, none is called "published".
-    published_recipe = False
     recipes = {
         "teacher": {"stage": "teacher", "batch_size": 16, "learning_rate": 5e-4, "lr_epochs": 10, "min_lr": 0.0,
                     "clip_norm": 0.0, "weight_decay": 0.01, "decoupled_weight_decay": True},

@@ -42,7 +42,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def laplacian_loss(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference of the Laplacians of four neighbours, with replicated borders."""
-    # The Laplacian is linear, so that of the difference does.
+    # The Laplacian is linear, so the Laplacian of the difference is enough.
     padded = F.pad(a.float() - b.float(), (1, 1, 1, 1), mode="replicate")
     middle, rows, columns = padded[..., 1:-1, 1:-1], padded[..., 1:-1], padded[..., 1:-1, :]
     neighbours = rows[..., :-2, :] + rows[..., 2:, :] + columns[..., :-2] + columns[..., 2:]
