@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -179,8 +180,8 @@ def count_costs(methods: Mapping[str, Path]) -> dict[str, dict[str, int]]:
     for method, folder in methods.items():
         said = method
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["system"]
-        label = next((name for name in systems if said.startswith(name)), None)
+            said = str(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["system"])
+        label = next((name for name in systems if re.match(rf"{name}([ _(]|$)", said)), None)
         if label:
             costs[method] = dict(zip(("parameters", "operations"), systems[label].cost(), strict=True))
     return costs
@@ -243,8 +244,11 @@ def report(
 
 def emit(text: str) -> None:
     """Prints what the console can show, with a question mark for the rest; a reader who has seen enough may go."""
-    with contextlib.suppress(AttributeError):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("↑", "^").replace("↓", "v").encode(encoding, "replace").decode(encoding)
     try:
         print(text, flush=True)
     except BrokenPipeError:

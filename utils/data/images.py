@@ -134,7 +134,8 @@ def check_format(path: Path, bits: int = 8) -> None:
         InputError: it cannot; the formats that can are named.
     """
     if path.suffix.lower() not in WRITABLE:
-        raise InputError(f"{path}: images cannot be written so; use one of {' '.join(sorted(WRITABLE))}")
+        what = "images cannot be written in this format" if path.suffix.lower() in SUFFIXES else "unknown image format"
+        raise InputError(f"{path}: {what}; use one of {' '.join(sorted(WRITABLE))}")
     if bits == 16 and path.suffix.lower() not in DEEP_SUFFIXES:
         deep = " ".join(sorted(DEEP_SUFFIXES))
         raise InputError(f"{path} cannot hold 16 bits; use one of {deep} (in a folder: --suffix .png)")
