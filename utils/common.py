@@ -197,14 +197,18 @@ def _sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_run_dir(folder: Path) -> Iterator[None]:
+def lock_run_dir(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keeps other runs out of a folder for the length of the block, or until this process is gone, however it went.
 
     Makes the folder where there is none, and takes that one away again if it is still empty at the end. Where the
     system cannot lock a folder (Windows, some network drives), nobody is kept out.
 
+    Args:
+        folder: what is locked.
+        wait: until the others have ended, for work of an instant.
+
     Raises:
-        InputError: another run has locked it.
+        InputError: another run has locked it, and nobody waits.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +217,7 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
         if fcntl:
             with contextlib.suppress(OSError):  # a file system without locks
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError as error:
                     raise InputError(
                         f"another process writes to {folder}: wait until it has ended, or choose another --out"

@@ -7,17 +7,15 @@ commit, number of pairs and which images.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.common import InputError, whole_file
+from utils.common import InputError, lock_run_dir, whole_file
 from utils.data.manifests import SHOWN
 from utils.evaluation.scores import Row
 from utils.metrics import METRICS, PROTOCOLS, TABLES, defines
@@ -179,7 +177,7 @@ def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
     Raises:
         InputError: the file is not such a CSV, or its rows are about other images.
     """
-    with _locked(path.parent):
+    with lock_run_dir(path.parent, wait=True):
         columns, records = read_results(path) if path.exists() else (list(FACTS), [])
         kept = {(record["method"], record["protocol"]): record for record in records}
         known = {record["images"] for record in records} | {row.sheet.images_hash[:SHOWN] for row in rows}
@@ -214,19 +212,6 @@ def read_results(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         if None in record or None in record.values():  # how DictReader shows a row too long or too short
             raise InputError(f"{path}: row {number} has not as many values as there are columns; mend it first")
     return columns, found
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within it, nobody else is within it; where nothing can be locked (Windows, some network drives), nobody waits."""
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _write_csv(path: Path, lines: Sequence[Sequence[str]]) -> None:
