@@ -60,7 +60,7 @@ def show(args: argparse.Namespace) -> int:
         print("\n" + table_of_validations(looks))
     alike = [epoch for epoch in looks if None in (looks[-1].pairs, epoch.pairs) or epoch.pairs == looks[-1].pairs]
     if len(alike) > 1:
-        print("\n" + what_came(alike, args.last_hours))
+        print("\n" + gain_of_last_hours(alike, args.last_hours))
     else:
         print("\nfewer than two looks at the same validation pairs; "
               "see --holdout of dataprocessing.py, --validate-every of train.py")  # fmt: skip
@@ -124,7 +124,7 @@ def table_of_validations(looks: Sequence[Epoch]) -> str:
     return markdown_table(lines)
 
 
-def what_came(looks: Sequence[Epoch], hours: float) -> str:
+def gain_of_last_hours(looks: Sequence[Epoch], hours: float) -> str:
     """The change of each number of the validation pairs over the last hours, in percent.
 
     It is counted from the last look that lies as far back, or from the first of all.

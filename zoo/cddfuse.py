@@ -98,7 +98,7 @@ class CDDFuseSystem(System, net.CDDFuse):
         image = net.decoder_image(vis, ir, skip)
         shallow = encode_tiled(self.encoder, torch.cat([vis, ir]), tiles)
         branches = (self.encoder.baseFeature, shallow), (self.encoder.detailFeature, shallow)
-        base, detail = tiles.merged(sums_of_both, *branches, out=shallow).unflatten(0, (2, -1))
+        base, detail = tiles.merged(add_modalities, *branches, out=shallow).unflatten(0, (2, -1))
         fused = tiles.merged(self.decoder.reduce, (self.base_fusion, base), (self.detail_fusion, detail), out=base)
         return decode_tiled(self.decoder, image, fused, tiles)
 
@@ -172,6 +172,6 @@ def decode_tiled(decoder: net.Restormer_Decoder, image: Tensor | None, reduced: 
     return decoder.add_image(image, tiles.memory.fetch(tiles(decoder.output, reduced)))
 
 
-def sums_of_both(base: Tensor, detail: Tensor) -> Tensor:
+def add_modalities(base: Tensor, detail: Tensor) -> Tensor:
     """Base and detail features of vis and ir, (2B, 64, H, W) each -> their sums over vis and ir, stacked: the same."""
     return torch.cat([net.sum_of_both(base), net.sum_of_both(detail)])

@@ -266,9 +266,9 @@ class MLFuse(nn.Module):
         Raises:
             ValueError: the shapes differ, or a side is shorter than 15.
         """
-        return next(self.tiles(img1, img2, [(0, img1.shape[2])]))
+        return next(self.fused_rows(img1, img2, [(0, img1.shape[2])]))
 
-    def tiles(self, img1: Tensor, img2: Tensor, ranges: list[tuple[int, int]]) -> Iterator[Outputs]:
+    def fused_rows(self, img1: Tensor, img2: Tensor, ranges: list[tuple[int, int]]) -> Iterator[Outputs]:
         """What `forward` gives, in tiles of whole rows, each from `top` to `bottom`: together all rows."""
         if img1.shape != img2.shape or img1.ndim != 4 or min(img1.shape[2:]) < SMALLEST_SIDE:
             raise ValueError(
@@ -339,7 +339,7 @@ class MLFuseSystem(System, nn.Module):
         ranges = [(top, min(top + rows, height)) for top in range(0, height, rows)]
         # Filled, not collected: a small tile kept after each would cut up the memory that tiles are made in.
         fused = torch.empty_like(vis)
-        for (top, bottom), tile in zip(ranges, self.network.tiles(vis, ir, ranges), strict=True):
+        for (top, bottom), tile in zip(ranges, self.network.fused_rows(vis, ir, ranges), strict=True):
             fused[:, :, top:bottom] = tile.fused
         return fused
 

@@ -193,11 +193,11 @@ def test_dropped_paths_keep_the_mean_and_leave_evaluation_alone(model):
 @torch.no_grad()
 def test_padding_is_the_published_one_and_the_least_in_training(model, size):
     vis, ir = formula_colour(0.5, *size), formula_image(1, *size)
-    for whole_windows_too, padded in ((True, lambda n: (n // 8 + 1) * 8), (False, lambda n: -(-n // 8) * 8)):
+    for extra_window, padded in ((True, lambda n: (n // 8 + 1) * 8), (False, lambda n: -(-n // 8) * 8)):
         bottom, right = (padded(side) - side for side in size)
         pad = {"pad": (0, right, 0, bottom), "mode": "replicate"}
         wanted = model.student(F.pad(ir, **pad), F.pad(vis, **pad))[..., : size[0], : size[1]]
-        fused = model.padded_student(vis, ir, whole_windows_too)
+        fused = model.padded_student(vis, ir, extra_window)
         assert fused.shape == vis.shape
         torch.testing.assert_close(fused, wanted, rtol=0, atol=1e-6)
     wanted = model.padded_student(vis, ir).clamp(0, 1)

@@ -341,7 +341,7 @@ def test_adversarial_losses_are_the_published_ones_with_the_labels_of_a_generato
         model, (_, adversarial) = small(legacy=legacy)
         lesson = adversarial.prepare(colour_batch(), (0, 0))
         model.eval()  # no dropped path
-        fused = model.padded_student(lesson.vis, lesson.ir, whole_windows_too=False)
+        fused = model.padded_student(lesson.vis, lesson.ir, extra_window=False)
         real, fake = model.discriminator(lesson.target), model.discriminator(fused)
         label = 1.0 if legacy else 0.0
         first, second = real - fake.mean(), fake - real.mean()

@@ -112,7 +112,7 @@ def load_state(run: Run, path: Path, *, force: bool = False) -> None:
     if not {*COUNTERS, "settings", "about", "model", "optimizer", "ema", "random"} <= saved.keys():
         raise InputError(f"{path} is not a file to resume from; train.py writes last.pt for that")
     try:
-        changed = check_options(run, path, saved["settings"], force)
+        changed = changed_options(run, path, saved["settings"], force)
         check_counters(run, saved, most={} if changed else {"epoch": run.epochs, "batch": run.epoch_batches})
         load_tensors(run, saved)
         commit, init = saved["about"]["commit"], saved["about"]["init"]
@@ -133,7 +133,7 @@ def load_state(run: Run, path: Path, *, force: bool = False) -> None:
     run.looked_at = run.step
 
 
-def check_options(run: Run, path: Path, settings: dict[str, Any], force: bool) -> list[str]:
+def changed_options(run: Run, path: Path, settings: dict[str, Any], force: bool) -> list[str]:
     """The names of the options that changed, which are printed.
 
     Raises:

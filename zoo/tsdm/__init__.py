@@ -152,14 +152,14 @@ class TSDMFusion(System, nn.Module):
         y = y.clamp(0, 1) if clamp else y
         return y if vis.shape[1] == 1 else with_luma(vis, y)
 
-    def padded_student(self, vis: Tensor, ir: Tensor, whole_windows_too: bool = True) -> Tensor:
+    def padded_student(self, vis: Tensor, ir: Tensor, extra_window: bool = True) -> Tensor:
         """The student on images of any size: (B, 3, H, W) and (B, 1, H, W) -> (B, 3, H, W), not clamped.
 
         Borders are replicated at the bottom and at the right to whole windows. As published, a side of whole windows
-        gets one more, unless `whole_windows_too` is off.
+        gets one more, unless `extra_window` is off.
         """
         height, width = vis.shape[2:]
-        bottom, right = (WINDOW - side % WINDOW if whole_windows_too else -side % WINDOW for side in (height, width))
+        bottom, right = (WINDOW - side % WINDOW if extra_window else -side % WINDOW for side in (height, width))
         if bottom or right:
             vis, ir = (F.pad(image, (0, right, 0, bottom), mode="replicate") for image in (vis, ir))
         return self.student(ir, vis)[..., :height, :width]
@@ -242,7 +242,7 @@ class TSDMFusion(System, nn.Module):
         return prepare
 
     def on_lesson(self, lesson: Lesson) -> Tensor:
-        return self.padded_student(lesson.vis, lesson.ir, whole_windows_too=False).float()
+        return self.padded_student(lesson.vis, lesson.ir, extra_window=False).float()
 
     def adversarial_losses(self, options: Options) -> tuple[Any, Any]:
         """Losses of the student and of the discriminator."""
