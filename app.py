@@ -129,7 +129,7 @@ class Desk:
             raise InputError(f"there is no image yet: {WORDS['en'][key]}")
         name = f"{Path(path).name} ({WORDS['en'][key]})"
         try:
-            memory = self.args.max_memory if self.device.type == "cpu" else None
+            memory = fusing.memory_for_files(self.args.max_memory, self.device)
             reading = Reading("ir" if key.startswith("ir") else "vi", memory=memory)
             if spread:
                 reading = reading._replace(range=auto_range(reading, [values_in(Path(path), reading)], name))

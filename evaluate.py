@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--against", metavar="NAME", help="test every other row against this one: paired Wilcoxon signed-rank, Holm; "
         "daggers in md and latex")  # fmt: skip
     add("--cost", action="store_true", help="columns with the parameters and the operations for a pair of 640x480, "
-        "of systems of this repository, by metrics.json or the row's name; half a minute a system")  # fmt: skip
+        "of systems of this repository, by metrics.json or the row's name")  # fmt: skip
     add("--format", choices=tables.FORMATS, default="text",
         help="default: text; latex: a table for booktabs, with caption and label")  # fmt: skip
     add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")

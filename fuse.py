@@ -51,6 +51,7 @@ from utils.inference.fusing import (
     find_weights,
     fuse_sources,
     keep_freed_memory,
+    memory_for_files,
     pick_device,
     pick_precision,
 )
@@ -184,7 +185,7 @@ def fuse(args: argparse.Namespace) -> int:
     keep_freed_memory()
     found, target = None, args.out
     if kind != "a video":
-        found = find_pairs(args, kind, args.max_memory if device.type == "cpu" else None)
+        found = find_pairs(args, kind, memory_for_files(args.max_memory, device))
     if kind == "an image":
         target = target_of(args, found)
     args.precision = pick_precision(args.precision, device)

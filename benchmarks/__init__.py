@@ -23,11 +23,11 @@ from utils.common import git_commit, resident_memory
 
 
 def parse(
-    doc: str, argv: Sequence[str] | None, add_options: Callable[[Callable[..., Any]], None]
+    doc: str, argv: Sequence[str] | None, add_options: Callable[[argparse.ArgumentParser], None]
 ) -> argparse.Namespace:
     """The arguments of a benchmark: those that `add_options` adds, and those that all have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser.add_argument)
+    add_options(parser)
     parser.add_argument("--load", default="", help="what else the machine was doing, for the record")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -39,7 +39,8 @@ Call = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(add):
+    def options(parser):
+        add = parser.add_argument
         add("--sizes", nargs="+", default=["256x256", "640x480"], metavar="WxH")
         add("--rounds", type=int, default=3, help="turns of each side (default 3)")
         add("--sides", nargs="+", choices=SIDES, default=SIDES, help="ratios and differences are to the first one")

@@ -22,7 +22,8 @@ from utils.common import InputError, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(add):
+    def options(parser):
+        add = parser.add_argument
         add("--height", type=int, default=576, help="rows of the made images (default 576)")
         add("--width", type=int, default=768, help="columns of the made images (default 768)")
         add("--rounds", type=int, default=15, help="calls of each side (default 15)")

@@ -37,10 +37,12 @@ PROBE_STEPS = 4  # a stage, after as many that warm up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(add):
+    def options(parser):
+        add = parser.add_argument
         add("--data", type=Path, required=True, help="patch file with validation pairs")
-        add("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
-        add("--steps", type=int, help="for each recipe, instead of minutes")
+        budget = parser.add_mutually_exclusive_group()
+        budget.add_argument("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
+        budget.add_argument("--steps", type=int, help="for each recipe, instead of minutes")
         add("--system", choices=SYSTEMS, default="cddfuse")
         add("--task", choices=TASKS, default="ivf")
         add(

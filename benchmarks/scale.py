@@ -55,7 +55,8 @@ def fuse_noise(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(add):
+    def options(parser):
+        add = parser.add_argument
         add("--megapixels", type=float, nargs="+", default=[0.3, 1], help="default: 0.3 1")
         add("--max-memory", type=parse_size, nargs="+", default=[], metavar="SIZE", help="default: what is free")
         add("--precision", choices=PRECISIONS, default="float32", help="default: float32")

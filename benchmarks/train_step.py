@@ -34,7 +34,8 @@ SIDE = 2048  # of the matrix products that say how fast the machine is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(add):
+    def options(parser):
+        add = parser.add_argument
         add("--size", type=int, default=128, help="side of the patches (default: 128, published)")
         add("--batch-size", type=int, default=8)
         add("--rounds", type=int, default=3, help="timed steps of each way and phase (default: 3)")

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.data.patches import PatchWriter
+from utils.data.patches import PatchDataset, PatchWriter
+from utils.training.loop import Run
+from utils.training.options import Options
+from utils.training.stages import Stage
 
 
 def formula_image(c: float, height: int = 40, width: int = 56) -> Tensor:
@@ -59,6 +62,13 @@ def write_file(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
     return path
+
+
+def run_of(model: nn.Module, stage: Stage, vis: Tensor, out: Path, **options: float) -> Run:
+    """A training of one stage, on patches that are given to its steps by hand; `vis` is one batch of them."""
+    dataset = PatchDataset.__new__(PatchDataset)  # the loop asks for its length alone
+    dataset.vis = vis
+    return Run(model, [stage], Options(**options), dataset, {}, {"commit": "", "init": ""}, out, "w.pth")
 
 
 @pytest.fixture

@@ -212,10 +212,11 @@ def lock_run_dir(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    descriptor = None
     try:
         if fcntl:
-            with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(OSError):  # a file system without locks, a folder that may not be read
+                descriptor = os.open(folder, os.O_RDONLY)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError as error:
@@ -227,7 +228,7 @@ def lock_run_dir(folder: Path, wait: bool = False) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):  # a folder that is not empty
                 folder.rmdir()
-        if fcntl:
+        if descriptor is not None:
             os.close(descriptor)
 
 

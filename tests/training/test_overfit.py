@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import train
-from tests.conftest import formula_colour, formula_image
-from utils.data.patches import PatchDataset
-from utils.training.loop import PassLosses, Run
+from tests.conftest import formula_colour, formula_image, run_of
+from utils.training.loop import PassLosses
 from zoo import Batch, find_system
 
 SIDE = 16
@@ -35,10 +33,7 @@ def test_one_batch_is_overfitted(name, number, options, rate, wanted, tmp_path):
     stage = model.stages(system.Options(**options), "ivf")[number]
     if name == "tsdm":
         model.teacher_is_given.fill_(True)
-    dataset = PatchDataset.__new__(PatchDataset)  # the loop asks for its length alone
-    dataset.vis = vis
-    settings = train.Options(learning_rate=rate, clip_norm=1.0, batch_size=2)
-    run = Run(model, [stage], settings, dataset, {}, {"commit": "", "init": ""}, tmp_path, "w.pth")
+    run = run_of(model, stage, vis, tmp_path, learning_rate=rate, clip_norm=1.0, batch_size=2)
     losses = []
     for _ in range(STEPS):
         run.step = 0  # one lesson: what a stage draws depends on the step

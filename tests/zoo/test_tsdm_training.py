@@ -14,11 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import train
-from tests.conftest import formula_colour, formula_image
+from tests.conftest import formula_colour, formula_image, run_of
 from utils.common import InputError
 from utils.data.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
-from utils.data.patches import PatchDataset
 from utils.inference.checkpoint import read_file
 from utils.training import loop, run_state
 from utils.training.loop import Run
@@ -154,20 +152,8 @@ def colour_batch(size: int = 16, count: int = 2) -> Batch:
     return Batch(vis, torch.cat([formula_image(c + 0.3, size, size) for c in range(count)]))
 
 
-def run_of(model: TSDMFusion, stage: Stage, out: Path) -> Run:
-    """A training of one stage, of as many steps as are asked for."""
-    dataset = PatchDataset.__new__(PatchDataset)  # the loop asks for its length alone
-    dataset.vis = colour_batch().vis
-    return Run(
-        model,
-        [stage],
-        train.Options(learning_rate=1e-3, epoch_batches=4),
-        dataset,
-        {},
-        {"commit": "", "init": ""},
-        out,
-        "w.pth",
-    )
+def student_run(model: TSDMFusion, stage: Stage, out: Path) -> Run:
+    return run_of(model, stage, colour_batch().vis, out, learning_rate=1e-3, epoch_batches=4)
 
 
 def step(run: Run, *batches: Batch) -> dict[str, float]:
@@ -312,7 +298,7 @@ def changed(network: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 def test_passes_update_the_discriminator_then_the_student_and_nothing_else(tmp_path, monkeypatch):
     model, (_, adversarial) = small()
-    run = run_of(model, adversarial, tmp_path)
+    run = student_run(model, adversarial, tmp_path)
     seen = []
     update = run.optimizer.step
 
@@ -332,7 +318,7 @@ def test_passes_update_the_discriminator_then_the_student_and_nothing_else(tmp_p
 def test_first_stage_of_the_student_leaves_the_discriminator_alone(tmp_path):
     model, (student, _) = small()
     before = state(model.discriminator)
-    step(run_of(model, student, tmp_path), colour_batch(size=12))  # no multiple of 8
+    step(student_run(model, student, tmp_path), colour_batch(size=12))  # no multiple of 8
     assert not changed(model.discriminator, before)
 
 
@@ -385,7 +371,7 @@ def test_content_loss_is_a_term_where_its_weights_are_there(tmp_path, monkeypatc
 def adversarial_run(out: Path) -> Run:
     model, (_, adversarial) = small()
     torch.manual_seed(11)  # of dropped paths
-    return run_of(model, adversarial, out)
+    return student_run(model, adversarial, out)
 
 
 def test_resumed_adversarial_run_repeats_the_straight_one_bit_for_bit(tmp_path):

@@ -292,6 +292,8 @@ def add_noise(
         legacy: the covariance of correlated noise has the magnitudes of its entries, as published; what is then no
             covariance any more (a negative variance along an axis) is cut to one.
     """
+    if kind not in NOISES:
+        raise ValueError(f"kind must be one of {', '.join(NOISES)}, got {kind!r}")
     height, width, channels = (*image.shape, 1)[:3]
     std = np.float32(level / 255)
     if kind == "correlated":

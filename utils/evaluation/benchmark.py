@@ -46,6 +46,7 @@ from utils.inference.fusing import (
     fuse_arrays,
     keep_freed_memory,
     load_system,
+    memory_for_files,
     pick_device,
     pick_precision,
 )
@@ -128,7 +129,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
         raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
     if args.degrade is not None and args.colour:
         raise InputError("--colour takes the colours of the sources, which --degrade changes; leave one of them out")
-    test_sets = find_sets(args, benchmark, args.max_memory if device.type == "cpu" else None)
+    test_sets = find_sets(args, benchmark, memory_for_files(args.max_memory, device))
     methods = [load_method(path, system, device, args.skip, benchmark.task)
                for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
     refuse_repeated("--weights", "files", [method.stem for method in methods])

@@ -107,6 +107,11 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
 
 
+def memory_for_files(max_memory: int | None, device: torch.device) -> int | None:
+    """What --max-memory means for reading files: on a GPU it is about the memory of that, not of this process."""
+    return max_memory if device.type == "cpu" else None
+
+
 def keep_freed_memory() -> None:
     """Has the C library keep the memory that a step or an image frees, for the next one. For scripts.
 
