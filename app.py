@@ -33,7 +33,7 @@ import utils  # noqa: F401  before torch, see there
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from utils.common import InputError, file_sha256, in_checkout, number_in, run_script, sigterm_as_ctrl_c
+from utils.common import InputError, Parser, file_sha256, in_checkout, number_in, run_script, sigterm_as_ctrl_c
 from utils.data.images import read_grey, to_uint8, write_image
 from utils.data.pairs import find_modalities, list_pairs, task_of
 from utils.data.readers import Reading, auto_range, values_in
@@ -51,8 +51,8 @@ SAMPLE_SETS = {"Sample_IVF": "ivf", "Sample_MRI_CT": "mif", "Sample_MRI_PET": "m
 WORDS = json.loads(in_checkout("page", "words.json").read_text(encoding="utf-8"))  # language -> key -> text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="who reaches it can use the page (default: 127.0.0.1, this machine only)")
     add("--port", type=number_in(int, 1, 2**16 - 1), help="default: 7860, or the next free one")
@@ -62,7 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-upload", type=parse_size, default="32MB", metavar="SIZE", help="of a file (default: 32MB)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="of the scores (default: paper)")
     fusing.add_inference_options(parser)
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -349,7 +348,7 @@ def build(gr: ModuleType, desk: Desk) -> tuple[Any, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script(serve, build_parser().parse_args(argv))
+    return run_script(serve, build_parser(), argv)
 
 
 if __name__ == "__main__":

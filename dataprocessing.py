@@ -20,9 +20,11 @@ from utils.common import (
     BAD_PAIR,
     EXIT_BAD_INPUT,
     InputError,
+    Parser,
     check_writable,
     in_checkout,
     left_out,
+    number_in,
     progress,
     run_script,
 )
@@ -35,11 +37,9 @@ from utils.data.saliency import visual_saliency
 from utils.inference.memory import parse_size
 from utils.metrics import SMALLEST_SCORED
 
-LARGEST = 10**6  # pixels
 
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[], metavar="DIR",
         help="data sets: folders that hold ir/ and vi/, or MRI/ and one of CT/, PET/, SPECT/; one that is named twice "
@@ -48,43 +48,38 @@ def build_parser() -> argparse.ArgumentParser:
         help="visible (or MRI) folders, besides --data or instead")  # fmt: skip
     add("--ir", type=Path, nargs="+", default=[], metavar="DIR", help="infrared (or CT...) folders, one for each --vi")
     add_pair_option(parser)
-    add("--patch-size", type=int, default=128, help="side of a patch in pixels (default: 128)")
-    add("--stride", type=int, default=200, help="step between patches; 200 is published and leaves gaps (default: 200)")
+    add("--patch-size", type=number_in(int, 2), default=128, help="side of a patch in pixels (default: 128)")
+    add("--stride", type=number_in(int, 1), default=200,
+        help="step between patches; 200 is published and leaves gaps (default: 200)")  # fmt: skip
     add("--out", type=Path, help="file to write (default: data/<names>_imgsize_<patch size>_stride_<stride>.h5)")
     add("--layout", choices=LAYOUTS, default="compact",
         help="compact: two compressed uint8 arrays, grey rounded; published: one float32 data set a patch")  # fmt: skip
-    add("--holdout", type=int, default=0, metavar="N",
+    add("--holdout", type=number_in(int, 0), default=0, metavar="N",
         help="keep one pair in N of each data set out of the patches, in blocks of up to 8 neighbouring names, for "
         "train.py to validate on (default: 0, none)")  # fmt: skip
-    add("--holdout-size", type=int, default=256, help="the middle of a validation pair, in pixels (default: 256)")
+    add("--holdout-size", type=number_in(int, SMALLEST_SCORED), default=256,
+        help="the middle of a validation pair, in pixels (default: 256)")  # fmt: skip
     add("--saliency", action="store_true", help="store saliency maps of the infrared images, which MLFuse trains on")
     add("--colour", action="store_true", help="keep the colours of visible images, for systems that train on them")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
     text = "only write a panel of degraded pairs (default: data/degraded_<SEED>.png) and print what was drawn"
-    add("--degrade", type=int, nargs="?", const=0, metavar="SEED", help=text)
+    add("--degrade", type=number_in(int, 0), nargs="?", const=0, metavar="SEED", help=text)
     for name in ("vis", "ir"):
         text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/data/degradation.py)"
         add(f"--degrade-{name}", default="", metavar="RANGES", help=text)
     add_reading_options(parser)
     add("--max-memory", type=parse_size, metavar="SIZE",
         help="such as 2GB; a pair that takes more is left out (default: what is free)")  # fmt: skip
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script(prepare, build_parser().parse_args(argv))
+    return run_script(prepare, build_parser(), argv)
 
 
 def prepare(args: argparse.Namespace) -> int:
-    for name, value, least in (("--patch-size", args.patch_size, 2), ("--stride", args.stride, 1)):
-        if not least <= value <= LARGEST:
-            raise InputError(f"{name} must be from {least} to {LARGEST}, got {str(value)[:20]}")
-    if args.holdout < 0 or args.holdout == 1 or args.holdout_size < SMALLEST_SCORED:
-        raise InputError(
-            f"--holdout {args.holdout} must be 0 or at least 2, and --holdout-size {args.holdout_size} at least "
-            f"{SMALLEST_SCORED}, which the metrics need"
-        )
+    if args.holdout == 1:
+        raise InputError("--holdout 1 would leave nothing to train on; keep one pair in 2 or more")
     if args.degrade is None and (args.degrade_vis or args.degrade_ir):
         raise InputError("--degrade-vis and --degrade-ir are for --degrade; training takes them as options of train.py")
     folders = source_folders(args)
@@ -178,8 +173,8 @@ def show_degraded(args: argparse.Namespace, pairs: list[Pair]) -> int:
     """Writes a panel of pairs, spread evenly, the middle of each: visible, degraded twice, infrared, degraded twice."""
     most, side = 4, 256  # pairs, and pixels of each
     out = args.out or Path("data") / f"degraded_{args.degrade}.png"
-    if out.suffix != ".png" or args.degrade < 0:
-        raise InputError(f"--degrade {args.degrade} must be a seed from 0 up, and --out {out} must end in .png")
+    if out.suffix != ".png":
+        raise InputError(f"--out {out} must end in .png")
     ranges = {"vis": VISIBLE.changed(args.degrade_vis), "ir": INFRARED.changed(args.degrade_ir)}
     chosen = [pairs[i * len(pairs) // most] for i in range(most)] if len(pairs) > most else pairs
     rows = []

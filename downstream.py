@@ -31,8 +31,8 @@ import utils  # noqa: F401  before torch, see there
 import torch
 
 from utils.common import (
-    LARGEST,
     InputError,
+    Parser,
     file_sha256,
     git_commit,
     listed,
@@ -64,8 +64,8 @@ class Item(NamedTuple):
     label: np.ndarray | Boxes  # a mask (H, W), or boxes
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     for task in TASKS:
         add = tasks.add_parser(task).add_argument
@@ -76,13 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
             f"of {', '.join(LABELS[task])} in DIR)")  # fmt: skip
         add("--classes", nargs="+", default=MSRS if task == "segment" else [], metavar="NAME",
             help="all classes in order (default: segment: the nine of MSRS; detect: those of the file)")  # fmt: skip
-        add("--block", type=number_in(int, 1, LARGEST), default=8,
+        add("--block", type=number_in(int, 1), default=8,
             help="neighbouring names that stay together in the split (default: 8)")  # fmt: skip
-        add("--test-every", type=number_in(int, 2, LARGEST), default=4, metavar="N",
+        add("--test-every", type=number_in(int, 2), default=4, metavar="N",
             help="one block in N is for the test (default: 4)")  # fmt: skip
         add("--out", type=Path, metavar="DIR", help=f"report.json, split.json (default: runs/downstream_{task})")
         add("--seeds", type=number_in(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-        add("--steps", type=number_in(int, 1, LARGEST), default=1000, help="default: 1000")
+        add("--steps", type=number_in(int, 1), default=1000, help="default: 1000")
         add("--batch", type=number_in(int, 2, 2**16), default=8, help="images a step (default: 8)")
         add("--crop", type=number_in(int, 2 * STRIDE, 2**14), nargs=2, default=[256, 256], metavar=("H", "W"),
             help=f"multiples of {STRIDE} (default: 256 256)")  # fmt: skip
@@ -95,19 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
         add("--backbone-weights", default="imagenet", metavar="FILE",
             help="imagenet, none, or a file of the backbone (default: imagenet)")  # fmt: skip
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-        add("--debug", action="store_true", help="show tracebacks")
     add = tasks.add_parser("shrink").add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="holds vi/, ir/ and segmentation/ or boxes.csv")
     add("--out", type=Path, required=True, metavar="DIR", help="the new data set")
-    add("--every", type=number_in(int, 1, LARGEST), default=1, metavar="N", help="keep one pair in N (default: all)")
+    add("--every", type=number_in(int, 1), default=1, metavar="N", help="keep one pair in N (default: all)")
     add("--scale", type=number_in(float, 0.01, 1), default=0.5, help="of both sides (default: 0.5)")
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return run_script(shrink if args.task == "shrink" else compare, args)
+    return run_script(lambda args: (shrink if args.task == "shrink" else compare)(args), build_parser(), argv)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -28,10 +28,12 @@ from utils.common import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
     InputError,
+    Parser,
     benchmark_root,
     check_writable,
     git_commit,
     listed,
+    number_in,
     run_script,
 )
 from utils.data.manifests import SHOWN, name_of_list, read_manifests, verify
@@ -43,8 +45,8 @@ from utils.evaluation.statistics import LEVEL, compare, format_statistics, mean_
 from utils.metrics import METRICS, PROTOCOLS, TABLES, canonical
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--fused", nargs="+", action="extend", default=[], metavar="[NAME=]DIR",
         help="fused images, one folder a method")  # fmt: skip
@@ -68,20 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
         "of systems of this repository, by metrics.json or the row's name")  # fmt: skip
     add("--format", choices=tables.FORMATS, default="text",
         help="default: text; latex: a table for booktabs, with caption and label")  # fmt: skip
-    add("--digits", type=int, default=3, help="decimals in text, md and latex (default: 3)")
+    add("--digits", type=number_in(int, 0, 12), default=3, help="decimals in text, md and latex (default: 3)")
     add("--per-image", type=Path, metavar="FILE", help="also write one line an image into this CSV file")
     add("--results", type=Path, metavar="FILE", help="also add the rows to this CSV file, or replace them there")
-    add("--jobs", type=int, help="pairs scored at a time (default: one for each processor)")
+    add("--jobs", type=number_in(int, 1), help="pairs scored at a time (default: one for each processor)")
     add("--verify-data", nargs="?", const="", metavar="DIR",
         help="compare the sets in this folder with results/manifests/ and exit "
         f"(default: ${DATA_VARIABLE}/test_img if that is set, else test_img)")  # fmt: skip
     add("--list-metrics", action="store_true", help="say what each metric is, with unit, range and source, and exit")
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script(run, build_parser().parse_args(argv))
+    return run_script(run, build_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,10 +153,6 @@ def find_metrics(names: Sequence[str], protocols: Sequence[str]) -> list[str]:
 
 def check_options(args: argparse.Namespace, methods: Collection[str], metrics: Sequence[str]) -> None:
     """What can be known to be wrong before the first image is scored."""
-    if args.jobs is not None and args.jobs < 1:
-        raise InputError(f"--jobs must be 1 or more, got {args.jobs}")
-    if not 0 <= args.digits <= 12:
-        raise InputError(f"--digits must be 0 to 12, got {args.digits}")
     if args.results and set(metrics) != set(METRICS):
         raise InputError("--results keeps a row with every metric; leave out --metrics")
     if args.compare_protocols and (args.stats or args.against or args.cost or args.format == "latex"):

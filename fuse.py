@@ -25,11 +25,14 @@ from tqdm import tqdm
 from utils.common import (
     BAD_PAIR,
     EXIT_BAD_INPUT,
+    LARGEST,
     InputError,
+    Parser,
     check_target,
     check_writable,
     left_out,
     listed,
+    number_in,
     progress,
     remember_source,
     run_script,
@@ -125,7 +128,7 @@ class Session:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--ir", type=Path, metavar="PATH", help="infrared (CT, PET, SPECT): image, folder or video")
     add("--vi", type=Path, required=True, metavar="PATH", help="visible (MRI): image, folder or video")
@@ -146,10 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--annotations", type=Path, metavar="DIR", help="folder of annotation files to name in --list, by file name")
     add("--sequence", action="store_true",
         help="the folders hold frames of one scene: steady brightness, in the order of their numbers")  # fmt: skip
-    add("--fps", type=float, help="frames a second of the video (default: those of the visible video, else 25)")
-    add("--offset", type=float, default=0.0, metavar="SECONDS",
+    add("--fps", type=number_in(float, 0.001, 1000),
+        help="frames a second of the video (default: those of the visible video, else 25)")  # fmt: skip
+    add("--offset", type=number_in(float, -LARGEST), default=0.0, metavar="SECONDS",
         help="two videos: how much later the infrared one began; may be negative (default: 0)")  # fmt: skip
-    add("--smooth", type=float, default=1.0, metavar="SECONDS",
+    add("--smooth", type=number_in(float, 0), default=1.0, metavar="SECONDS",
         help="videos: how slowly the range that is normalised follows the frames; 0: at once (default: 1)")  # fmt: skip
     add("--normalise", action=argparse.BooleanOptionalAction,
         help="min-max normalise the fused image (default: as the system's published test does)")  # fmt: skip
@@ -160,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--skip", help=SKIP_HELP)
     add_reading_options(parser)
     add_inference_options(parser)
-    add("--debug", action="store_true", help="show tracebacks")
-    return run_script(fuse, parser.parse_args(argv))
+    return run_script(fuse, parser, argv)
 
 
 def fuse(args: argparse.Namespace) -> int:
@@ -227,12 +230,8 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
         raise InputError("--annotations is for --list FILE, which names the annotation of every pair")
     if args.resize_ir and args.homography:
         raise InputError("--resize-ir and --homography exclude each other: a homography sees to the size, too")
-    if args.offset and (kind != "a video" or not np.isfinite(args.offset)):
-        raise InputError(f"--offset is for two videos, and a finite number of seconds; got {args.offset:g}")
-    if args.fps is not None and not 0 < args.fps < 1000:
-        raise InputError(f"--fps must lie between 0 and 1000, got {args.fps:g}")
-    if not 0 <= args.smooth < float("inf"):
-        raise InputError(f"--smooth must be at least 0, got {args.smooth:g}")
+    if args.offset and kind != "a video":
+        raise InputError("--offset is for two videos")
     if args.suffix:
         check_format(Path("image" + args.suffix), args.bits)
         if Path("image" + args.suffix).name != "image" + args.suffix:

@@ -11,10 +11,9 @@ the medical ones (it sees none), as published.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from utils.common import run_script
+from utils.common import Parser, run_script
 from utils.data.pairs import Benchmark
 from utils.evaluation.benchmark import add_arguments, run_benchmark
 from zoo import SYSTEMS, find_system
@@ -27,11 +26,9 @@ MIF = Benchmark(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_arguments(parser, MIF, SYSTEMS)
-    return run_script(
-        lambda args: run_benchmark(args, MIF, [find_system(name) for name in args.system]), parser.parse_args(argv)
-    )
+    return run_script(lambda args: run_benchmark(args, MIF, [*map(find_system, args.system)]), parser, argv)
 
 
 if __name__ == "__main__":

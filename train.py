@@ -30,7 +30,17 @@ import utils  # noqa: F401  before torch, see there
 # isort: split
 import torch
 
-from utils.common import InputError, check_writable, free_memory, git_commit, listed, lock_run_dir, run_script
+from utils.common import (
+    InputError,
+    Parser,
+    check_writable,
+    free_memory,
+    git_commit,
+    listed,
+    lock_run_dir,
+    number_in,
+    run_script,
+)
 from utils.data.images import write_image
 from utils.data.patches import PatchDataset
 from utils.inference.checkpoint import load_fitting
@@ -40,7 +50,7 @@ from utils.training import run_state
 from utils.training.distributed import any_rank, from_first, is_first, process_group, ranks
 from utils.training.loop import Run, Stop
 from utils.training.monitor import add_scalars, draw_panel, log, open_curves, validate
-from utils.training.options import LARGEST, Options, add_options, take_options
+from utils.training.options import Options, add_options, take_options
 from zoo import SYSTEMS, TASKS, find_system
 
 DATA = Path("data/MSRS_train_imgsize_128_stride_200.h5")
@@ -49,12 +59,8 @@ MOST_DRAWN = 10**8  # patches an epoch: their order, crops and flips are drawn b
 EXIT_UNFINISHED = 75  # what sendmail and its kin say for "not done, try again"
 
 
-def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="train.py [options], see --help",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser(system: type, recipe: str = PUBLISHED) -> Parser:
+    parser = Parser(__doc__, usage="train.py [options]")
     add = parser.add_argument
     tasks = "; ".join(f"{name}: {text}" for name, text in TASKS.items())
     add("--system", default="cddfuse", choices=SYSTEMS, help="what to train (default: cddfuse)")
@@ -68,12 +74,13 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
     start.add_argument("--init-partial", type=Path, metavar="INIT", help="the same; loads what fits, and says what")
     add("--resume", metavar="auto|PATH", help="auto: go on from last.pt in --out if there is one; PATH: from that file")
     add("--force", action="store_true", help="resume although options changed")
-    add("--max-minutes", type=float, default=0, metavar="M", help="stop, save and exit with code 75 after so long")
-    add("--save-every-minutes", type=float, default=1, metavar="M", help="between two checkpoints (default: 1)")
-    add("--validate-every", type=int, default=5, metavar="EPOCHS", help="and after the last; 0: never (default: 5)")
+    minutes = number_in(float, 0)
+    add("--max-minutes", type=minutes, default=0, metavar="M", help="stop, save and exit with code 75 after so long")
+    add("--save-every-minutes", type=minutes, default=1, metavar="M", help="between two checkpoints (default: 1)")
+    add("--validate-every", type=number_in(int, 0), default=5, metavar="EPOCHS",
+        help="and after the last; 0: never (default: 5)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the step: minutes at first, then faster on CUDA")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--debug", action="store_true", help="show tracebacks")
     add_options(parser, f"training loop (defaults: {recipe})", Options)
     add_options(parser, f"losses and stages of {system.label} (defaults: {recipe})", system.Options)
     parser.set_defaults(**system.recipes.get(recipe, {}))
@@ -82,12 +89,15 @@ def build_parser(system: type, recipe: str = PUBLISHED) -> argparse.ArgumentPars
 
 def main(argv: Sequence[str] | None = None) -> int:
     # System and recipe decide which options there are, and their defaults, so they are looked for first.
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--system", default="cddfuse", choices=SYSTEMS)
-    system = find_system(first.parse_known_args(argv)[0].system)
-    first.add_argument("--recipe", default=next(iter(system.recipes)))
-    recipe = first.parse_known_args(argv)[0].recipe
-    return run_script(lambda args: train(args, system), build_parser(system, recipe).parse_args(argv))
+    first.add_argument("--recipe")
+    chosen = argparse.Namespace(system="cddfuse", recipe=None)
+    with contextlib.suppress(InputError):  # the parser of all options says what is wrong with these two
+        chosen = first.parse_known_args(argv)[0]
+    system = find_system(chosen.system)
+    parser = build_parser(system, chosen.recipe or next(iter(system.recipes)))
+    return run_script(lambda args: train(args, system), parser, argv)
 
 
 def train(args: argparse.Namespace, system: type) -> int:
@@ -125,8 +135,6 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     """
     options, system_options = take_options(args, Options), take_options(args, system.Options)
     options = dataclasses.replace(options, precision=pick_precision(options.precision, device))
-    if not all(0 <= value <= LARGEST for value in (args.max_minutes, args.save_every_minutes, args.validate_every)):
-        raise InputError(f"--max-minutes, --save-every-minutes and --validate-every must be from 0 to {LARGEST}")
     if args.data is None and args.task != "ivf":
         raise InputError(f"--task {args.task} needs a --data file; make one with `python dataprocessing.py`")
     data = args.data or DATA

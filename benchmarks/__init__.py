@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -19,19 +18,15 @@ import utils  # noqa: F401  before torch, see there
 # isort: split
 import torch
 
-from utils.common import git_commit, resident_memory
+from utils.common import Parser, git_commit, resident_memory
 
 
-def parse(
-    doc: str, argv: Sequence[str] | None, add_options: Callable[[argparse.ArgumentParser], None]
-) -> argparse.Namespace:
-    """The arguments of a benchmark: those that `add_options` adds, and those that all have."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
+def parser_of(doc: str) -> Parser:
+    """A parser with the options that every benchmark has."""
+    parser = Parser(doc)
     parser.add_argument("--load", default="", help="what else the machine was doing, for the record")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    return parser
 
 
 def about(load: str, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import about, made_pair, parse, peak_of, spread, time_in_turns, write_json
+from benchmarks import about, made_pair, parser_of, peak_of, spread, time_in_turns, write_json
 from tests import reference_net
 from tools import export
-from utils.common import InputError, run_script
+from utils.common import InputError, number_in, run_script
 from utils.inference.fusing import fuse_arrays, keep_freed_memory, load_fuser, pick_device, to_levels, to_network
 from zoo import find_system
 from zoo.cddfuse import CDDFuseSystem
@@ -39,21 +39,18 @@ Call = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(parser):
-        add = parser.add_argument
-        add("--sizes", nargs="+", default=["256x256", "640x480"], metavar="WxH")
-        add("--rounds", type=int, default=3, help="turns of each side (default 3)")
-        add("--sides", nargs="+", choices=SIDES, default=SIDES, help="ratios and differences are to the first one")
-        add("--threads", type=int, default=1, help="of the processor (default 1)")
-        add("--device", default="cpu", help="cpu or cuda, for our sides (default cpu)")
-        add("--peak-of", nargs=2, help=argparse.SUPPRESS)  # a side and the ONNX file, in a process of its own
-
-    return run_script(time_sizes, parse(__doc__, argv, options))
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--sizes", nargs="+", default=["256x256", "640x480"], metavar="WxH")
+    add("--rounds", type=number_in(int, 1), default=3, help="turns of each side (default 3)")
+    add("--sides", nargs="+", choices=SIDES, default=SIDES, help="ratios and differences are to the first one")
+    add("--threads", type=number_in(int, 1), default=1, help="of the processor (default 1)")
+    add("--device", default="cpu", help="cpu or cuda, for our sides (default cpu)")
+    add("--peak-of", nargs=2, help=argparse.SUPPRESS)  # a side and the ONNX file, in a process of its own
+    return run_script(time_sizes, parser, argv)
 
 
 def time_sizes(args: argparse.Namespace) -> int:
-    if args.rounds < 1 or args.threads < 1:
-        raise InputError(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     device = pick_device(args.device)

@@ -15,25 +15,23 @@ from collections.abc import Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits  # comes with scikit-learn, which the reference needs
 
-from benchmarks import about, made_pair, parse, spread, time_in_turns, write_json
+from benchmarks import about, made_pair, parser_of, spread, time_in_turns, write_json
 from tests import reference_metrics
 from utils import metrics
-from utils.common import InputError, run_script
+from utils.common import number_in, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(parser):
-        add = parser.add_argument
-        add("--height", type=int, default=576, help="rows of the made images (default 576)")
-        add("--width", type=int, default=768, help="columns of the made images (default 768)")
-        add("--rounds", type=int, default=15, help="calls of each side (default 15)")
-
-    return run_script(time_metrics, parse(__doc__, argv, options))
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    side = number_in(int, metrics.SMALLEST_SCORED, 2**14)
+    add("--height", type=side, default=576, help="rows of the made images (default 576)")
+    add("--width", type=side, default=768, help="columns of the made images (default 768)")
+    add("--rounds", type=number_in(int, 1), default=15, help="calls of each side (default 15)")
+    return run_script(time_metrics, parser, argv)
 
 
 def time_metrics(args: argparse.Namespace) -> int:
-    if min(args.height, args.width) < metrics.SMALLEST_SCORED or args.rounds < 1:
-        raise InputError(f"--height and --width must be at least {metrics.SMALLEST_SCORED}, --rounds at least 1")
     report = {"benchmark": "metrics", "height": args.height, "width": args.width, **about(args.load)}
     a, b = made_pair(args.height, args.width)
     images = np.floor((a + b) / 2 + 0.5), a, b

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import train
-from benchmarks import about, parse, write_json
-from utils.common import InputError, run_script
+from benchmarks import about, parser_of, write_json
+from utils.common import InputError, number_in, run_script
 from utils.data.patches import PatchDataset
 from utils.metrics import PAPER_TABLE
 from zoo import SYSTEMS, TASKS, find_system
@@ -37,21 +37,20 @@ PROBE_STEPS = 4  # a stage, after as many that warm up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(parser):
-        add = parser.add_argument
-        add("--data", type=Path, required=True, help="patch file with validation pairs")
-        budget = parser.add_mutually_exclusive_group()
-        budget.add_argument("--minutes", type=float, default=20, help="of training steps for each recipe (default: 20)")
-        budget.add_argument("--steps", type=int, help="for each recipe, instead of minutes")
-        add("--system", choices=SYSTEMS, default="cddfuse")
-        add("--task", choices=TASKS, default="ivf")
-        add(
-            "--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any"
-        )
-        add("--device", default="auto")
-        add("--out", type=Path, help="folder to keep the runs in (default: a temporary one)")
-
-    return run_script(compare, parse(__doc__, argv, options))
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="patch file with validation pairs")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--minutes", type=number_in(float, 0.01), default=20, help="of training steps for each recipe (default: 20)"
+    )
+    budget.add_argument("--steps", type=number_in(int, 1), help="for each recipe, instead of minutes")
+    add("--system", choices=SYSTEMS, default="cddfuse")
+    add("--task", choices=TASKS, default="ivf")
+    add("--recipes", nargs="+", default=["ours", "published"], help="each with options of train.py after it, if any")
+    add("--device", default="auto")
+    add("--out", type=Path, help="folder to keep the runs in (default: a temporary one)")
+    return run_script(compare, parser, argv)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import about, parse, peak_memory, write_json
-from utils.common import EXIT_BAD_INPUT
+from benchmarks import about, parser_of, peak_memory, write_json
+from utils.common import EXIT_BAD_INPUT, run_script
 from utils.inference.fusing import PRECISIONS, fuse_arrays, keep_freed_memory
 from utils.inference.memory import format_size, parse_size
 from zoo.cddfuse import CDDFuseSystem
 
 
-def fuse_noise(args: argparse.Namespace) -> None:
+def fuse_noise(args: argparse.Namespace) -> int:
     """Fuses noise of one size in this process, saves the result, and prints what it took as JSON."""
     if not args.max_memory:
         keep_freed_memory()
@@ -52,21 +52,21 @@ def fuse_noise(args: argparse.Namespace) -> None:
     }  # fmt: skip
     np.save(args.here, fused)
     print(json.dumps(found))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(parser):
-        add = parser.add_argument
-        add("--megapixels", type=float, nargs="+", default=[0.3, 1], help="default: 0.3 1")
-        add("--max-memory", type=parse_size, nargs="+", default=[], metavar="SIZE", help="default: what is free")
-        add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-        add("--scratch", type=Path, metavar="DIR", help="default: the system's temporary folder")
-        add("--here", type=Path, help=argparse.SUPPRESS)  # the child: where to save the fused image
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--megapixels", type=float, nargs="+", default=[0.3, 1], help="default: 0.3 1")
+    add("--max-memory", type=parse_size, nargs="+", default=[], metavar="SIZE", help="default: what is free")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
+    add("--scratch", type=Path, metavar="DIR", help="default: the system's temporary folder")
+    add("--here", type=Path, help=argparse.SUPPRESS)  # the child: where to save the fused image
+    return run_script(lambda args: fuse_noise(args) if args.here else measure(args), parser, argv)
 
-    args = parse(__doc__, argv, options)
-    if args.here:
-        fuse_noise(args)
-        return 0
+
+def measure(args: argparse.Namespace) -> int:
     report, code = {"benchmark": "scale", "runs": [], **about(args.load)}, 0
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for megapixels in args.megapixels:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 import train
-from benchmarks import about, parse, peak_of, time_in_turns, write_json
+from benchmarks import about, parser_of, peak_of, time_in_turns, write_json
 from tests import reference_net
-from utils.common import InputError, run_script
+from utils.common import number_in, run_script
 from utils.data.patches import Batch, PatchDataset
 from utils.inference.fusing import keep_freed_memory, pick_device
 from utils.training.loop import PassLosses, Run
@@ -34,27 +34,25 @@ SIDE = 2048  # of the matrix products that say how fast the machine is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def options(parser):
-        add = parser.add_argument
-        add("--size", type=int, default=128, help="side of the patches (default: 128, published)")
-        add("--batch-size", type=int, default=8)
-        add("--rounds", type=int, default=3, help="timed steps of each way and phase (default: 3)")
-        add("--warm-up", type=int, default=3, help="steps of each before: memory settles (default: 3)")
-        add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-        add("--device", default="auto")
-        add("--compile", action="store_true", help="torch.compile our step")
-        add("--no-memory", dest="memory", action="store_false", help="leave the memory out")
-
-    return run_script(time_steps, parse(__doc__, argv, options))
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add(
+        "--size",
+        type=number_in(int, CDDFuseSystem.smallest_patch, 2**14),
+        default=128,
+        help="side of the patches (default: 128, published)",
+    )
+    add("--batch-size", type=number_in(int, 1), default=8)
+    add("--rounds", type=number_in(int, 1), default=3, help="timed steps of each way and phase (default: 3)")
+    add("--warm-up", type=number_in(int, 0), default=3, help="steps of each before: memory settles (default: 3)")
+    add("--threads", type=number_in(int, 1), default=torch.get_num_threads(), help="of the CPU")
+    add("--device", default="auto")
+    add("--compile", action="store_true", help="torch.compile our step")
+    add("--no-memory", dest="memory", action="store_false", help="leave the memory out")
+    return run_script(time_steps, parser, argv)
 
 
 def time_steps(args: argparse.Namespace) -> int:
-    least = CDDFuseSystem.smallest_patch
-    if args.size < least or min(args.batch_size, args.rounds, args.threads) < 1 or args.warm_up < 0:
-        raise InputError(
-            f"--size {args.size} must be at least {least}, --batch-size, --rounds and --threads at least 1, "
-            "--warm-up at least 0"
-        )
     args.device = pick_device(args.device)
     peaks = {way: peak_memory(way, args) for way in WAYS} if args.memory else {}
     torch.set_num_threads(args.threads)

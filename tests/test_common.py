@@ -17,12 +17,30 @@ import downstream
 import evaluate
 import fuse
 import test_IVF
+import train
 from tests.conftest import write_pair
 from tests.test_fuse import write_video
 from tools import make_manifest, plot_training
 from utils import common
 from utils.common import ROOT, InputError, check_target, lock_run_dir, remember_source, whole_file
 from utils.evaluation import benchmark
+
+
+@pytest.mark.parametrize(
+    "main", [fuse.main, test_IVF.main, train.main, evaluate.main, downstream.main, plot_training.main]
+)
+def test_unknown_option_is_one_line(main, capsys):
+    assert main(["--no-such-option"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("--help\n")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_debug_stands_before_or_after_a_sub_command(place):
+    argv = ["shrink", "--data", "none", "--out", "none"]
+    assert downstream.main(argv) == 2
+    with pytest.raises(FileNotFoundError):
+        downstream.main([*argv[:place], "--debug", *argv[place:]])
 
 
 @pytest.fixture

@@ -366,7 +366,7 @@ def test_an_interrupted_video_can_be_played_and_replaces_nothing(how, tmp_path, 
         ("ir", "large", "out", (), "not one of 2 pairs can be used"),
         ("ir", "large", "out", ("--pair-by", "("), "regular expression"),
         ("ir", "vi", "out", ("--offset", 1), "--offset is for two videos"),
-        ("bad.avi", "worse.avi", "f.mkv", ("--offset", "nan"), "finite"),
+        ("bad.avi", "worse.avi", "f.mkv", ("--offset", "nan"), "--offset: must be a number from"),
     ],
 )
 def test_bad_input_is_one_clear_line(ir, vi, out, options, said, data, capsys):

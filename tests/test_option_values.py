@@ -58,7 +58,7 @@ def options_of(main, argv, monkeypatch):
     """Name and number of values of each option of a script's parser that takes numbers."""
     found = []
 
-    def look(parser, argv):
+    def look(parser, argv, _):
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parser = action.choices[argv[0]]

@@ -395,7 +395,7 @@ def test_flat_folder_is_read_in_the_roles_that_are_asked_for(flat, mlfuse_weight
         (("--stems", "mr", "ct", "--sets", "none"), "no image folder"),
         (("--stems", "mr", "ct", "--skip", "vis"), "takes one of: none"),
         (("--stems", "mr", "ct", "--columns", "EN", "LPIPS"), "no metric or table 'LPIPS'"),
-        (("--stems", "mr", "ct", "--limit", "0"), "--limit 0 must be at least 1"),
+        (("--stems", "mr", "ct", "--limit", "0"), "--limit: must be a whole number from 1 to"),
         (("--vi", "a", "--ir", "b"), "in place of --data"),
     ],
 )

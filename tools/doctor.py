@@ -39,14 +39,13 @@ Finding = tuple[str, str, str]  # "ok", "note" or "FIX"; of what; text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="folder of benchmark sets (default: as the test scripts look for it)")
     add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help="to check besides models/, or published")
     add("--system", default="cddfuse", metavar="NAME", help="what --weights are weights of (default: cddfuse)")
     add("--record", action="store_true", help=f"write {'/'.join(ANSWERS)} from the weights in models/, and exit")
-    add("--debug", action="store_true", help="show tracebacks")
-    return common.run_script(run, parser.parse_args(argv))
+    return common.run_script(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

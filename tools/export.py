@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from utils.common import InputError, check_writable, git_commit, run_script, whole_file
+from utils.common import InputError, Parser, check_writable, git_commit, run_script, whole_file
 from utils.inference.fusing import Fuser, load_fuser
 from zoo import TASKS, find_system
 
@@ -41,7 +41,7 @@ FORMATS = ("onnx", "pt2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--system", choices=SMALLEST_SIDES, default="cddfuse", help="default: cddfuse")
     add("--task", choices=TASKS, default="ivf", help="the images it will fuse (default: ivf)")
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: onnx pt2 (torch.export)")
     add("--out", type=Path, default=Path("exported"), metavar="DIR", help="default: exported")
-    add("--debug", action="store_true", help="show tracebacks")
-    return run_script(run, parser.parse_args(argv))
+    return run_script(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

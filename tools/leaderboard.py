@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from utils.common import ROOT, InputError, run_script, whole_file
+from utils.common import ROOT, InputError, Parser, run_script, whole_file
 from utils.data.manifests import SHOWN, read_manifests
 from utils.evaluation.plots import new_figure, save, title_of
 from utils.evaluation.statistics import bootstrap_interval
@@ -55,10 +55,9 @@ class Ranked(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 2 where something is wrong")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return run_script(run, parser.parse_args(argv))
+    return run_script(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,18 +11,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.common import InputError, check_target, in_checkout, run_script
+from utils.common import InputError, Parser, check_target, in_checkout, run_script
 from utils.data.manifests import make_manifest, write_manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "sets", type=Path, nargs="+", metavar="SET", help="folder with vi/ and ir/, or MRI/ and CT/ ..."
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/manifests/<name of the folder>.json")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return run_script(run, parser.parse_args(argv))
+    return run_script(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

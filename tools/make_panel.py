@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from utils.common import in_checkout, run_script, whole_file
+from utils.common import Parser, in_checkout, run_script, whole_file
 from utils.data.images import read_colour, to_uint8, with_colour_of
 from utils.data.pairs import find_modalities, list_pairs
 from utils.inference.fusing import feature_maps, load_fuser, to_levels, to_network
@@ -25,10 +25,9 @@ WIDTH, GAP, HEADING = 140, 4, 22  # pixels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=in_checkout("docs", "samples.png"))
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return run_script(draw, parser.parse_args(argv))
+    return run_script(draw, parser, argv)
 
 
 def draw(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from utils.common import LARGEST, InputError, number_in, remember_source, run_script
+from utils.common import InputError, Parser, number_in, remember_source, run_script
 from utils.evaluation.plots import new_figure, save, title_of
 from utils.evaluation.tables import markdown_table
 from utils.metrics import PAPER_TABLE
@@ -41,14 +41,13 @@ class Epoch(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log; in the order of training")
     add("--out", type=Path, metavar="PNG", help="default: curves.png beside the last log")
-    add("--last-hours", type=number_in(float, 0, LARGEST), default=2, metavar="H",
+    add("--last-hours", type=number_in(float, 0), default=2, metavar="H",
         help="to judge by whether it still gains (default: 2)")  # fmt: skip
-    add("--debug", action="store_true", help="show tracebacks")
-    return run_script(show, parser.parse_args(argv))
+    return run_script(show, parser, argv)
 
 
 def show(args: argparse.Namespace) -> int:

@@ -20,19 +20,18 @@ from typing import Any
 from PIL import Image
 
 import app
-from utils.common import InputError, run_script, whole_file
+from utils.common import InputError, Parser, run_script, whole_file
 
 VIEWS = {"app": (1280, "light"), "app_phone": (390, "light"), "app_dark": (1280, "dark")}  # width in pixels, colours
 PATIENCE_S = 180  # for one step of the page, on a machine that is busy with other work
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--language", default="en", help="that the browser asks for (default: en)")
     parser.add_argument("--sample", type=int, default=0, help="in the order of the page, from 0")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return run_script(draw, parser.parse_args(argv))
+    return run_script(draw, parser, argv)
 
 
 def draw(args: argparse.Namespace) -> int:

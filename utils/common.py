@@ -15,9 +15,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 try:
     import fcntl
@@ -76,7 +76,7 @@ def progress(items: Iterable[T], name: str, unit: str, total: int | None = None)
             told = time.monotonic()
 
 
-def number_in(kind: type, least: float, most: float) -> Callable[[str], Any]:
+def number_in(kind: type, least: float, most: float = LARGEST) -> Callable[[str], Any]:
     """A type for argparse: int or float from `least` to `most`; never NaN."""
 
     def parse(text: str) -> Any:
@@ -84,7 +84,7 @@ def number_in(kind: type, least: float, most: float) -> Callable[[str], Any]:
             if least <= kind(text) <= most:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what} from {least:g} to {most:g}, got {text[:20]!r}")
+        raise argparse.ArgumentTypeError(f"must be {what} from {least:.7g} to {most:.7g}, got {text[:20]!r}")
 
     return parse
 
@@ -93,16 +93,31 @@ class InputError(ValueError):
     """Bad input from the user. The message is one line: what, where, and the next command to run."""
 
 
-def run_script(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Runs a script's body, turning bad input and file errors into one line and exit code 2.
+class Parser(argparse.ArgumentParser):
+    """What all scripts share: help that keeps its lines, --debug, and a wrong option is bad input like any other."""
+
+    def __init__(self, description: str | None = None, **more: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        # Without a default, so that it may stand before the name of a sub-command as well as after it.
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def run_script(body: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None = None) -> int:
+    """Runs a script, turning bad options, bad input and file errors into one line and exit code 2.
 
     Args:
         body: takes the parsed arguments and returns the exit code.
-        args: parsed arguments; with `debug` set, errors keep their traceback.
+        parser: of the script's options; with --debug, errors keep their traceback.
+        argv: the options; None for those of the command line.
 
     Any other exception is passed on with a note: it is a fault of the program or of what is installed.
     """
+    args = argparse.Namespace(debug=False)
     try:
+        parser.parse_args(argv, args)
         return body(args)
     except (InputError, OSError, MemoryError) as error:
         if args.debug:

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import write_pair
 from tools import doctor
-from utils.common import ROOT, run_script
+from utils.common import ROOT, Parser, run_script
 from utils.data.manifests import make_manifest
 from zoo import find_system
 
@@ -104,5 +104,5 @@ def test_data_folders_are_compared_with_the_manifests(tmp_path, monkeypatch):
 
 def test_unexpected_crash_names_the_doctor():
     with pytest.raises(ZeroDivisionError) as caught:
-        run_script(lambda args: 1 // 0, argparse.Namespace(debug=False))
+        run_script(lambda args: 1 // 0, Parser(), [])
     assert "python -m tools.doctor" in caught.value.__notes__[0]

@@ -319,8 +319,6 @@ class TestSet(NamedTuple):
 def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None = None) -> list[TestSet]:
     """The sets to run, and how they are read. Sets that were asked for must exist; absent default sets give way to the
     bundled ones. `memory` as of `read_as`."""
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit} must be at least 1")
     if args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
         if not args.data or args.vi or args.ir:
             raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")

@@ -28,6 +28,7 @@ from utils.common import (
     in_checkout,
     left_out,
     lock_run_dir,
+    number_in,
     progress,
     remember_source,
 )
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--stems", nargs=2, metavar=("VIS", "IR"),
         help="one folder --data holds both images of every pair: what comes before the number in their names, visible "
         "or MRI first, such as: mrict ct")  # fmt: skip
-    add("--limit", type=int, metavar="N", help="a quick look: the first N pairs of each set")
+    add("--limit", type=number_in(int, 1), metavar="N", help="a quick look: the first N pairs of each set")
     add("--weights", type=Path, nargs="+", metavar="FILE",
         help="files, or published: those in published/models/, once it is cloned (default: those in models/ for the "
         "system and the task); for several systems one each, in their order")  # fmt: skip
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add("--baselines", action="store_true", help="add the rows of either source alone and of their average")
     add("--normalise", action=argparse.BooleanOptionalAction,
         help="min-max normalise each fused image (default: as published, which is yes for all but tsdm)")  # fmt: skip
-    add("--degrade", type=int, metavar="SEED",
+    add("--degrade", type=number_in(int, 0, 2**63 - 1), metavar="SEED",
         help="degrade the pairs first, as TSDM-Fusion is trained to undo (noise, blur, low contrast, JPEG), and score "
         "against the clean ones; one seed degrades a set in one way, whatever is fused with")  # fmt: skip
     add("--legacy-rounding", action="store_true",
@@ -115,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser, benchmark: Benchmark, systems
     add_reading_options(parser)
     add_inference_options(parser)
     add("--system", choices=list(systems), nargs="+", default=["cddfuse"], help="rows of the table (default: cddfuse)")
-    add("--debug", action="store_true", help="show tracebacks")
 
 
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[Any]) -> int:
@@ -125,8 +125,6 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     args.precision = pick_precision(args.precision, device)
     # Everything that can be wrong is looked at before the first image is fused.
     columns = choose_columns(args.columns) if args.columns else systems[0].columns
-    if args.degrade is not None and args.degrade < 0:
-        raise InputError(f"--degrade {args.degrade} must be a seed from 0 up")
     if args.degrade is not None and args.colour:
         raise InputError("--colour takes the colours of the sources, which --degrade changes; leave one of them out")
     test_sets = find_sets(args, benchmark, memory_for_files(args.max_memory, device))
