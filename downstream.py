@@ -12,7 +12,6 @@ finished is not trained again, so the same command goes on after a stop. Librari
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import itertools
@@ -40,7 +39,8 @@ from utils.common import (
     number_in,
     progress,
     run_script,
-    whole_file,
+    write_csv,
+    write_text,
 )
 from utils.data.images import read_colour, to_uint8, write_image
 from utils.data.labels import Boxes, read_boxes, read_mask
@@ -257,8 +257,7 @@ def open_report(path: Path, settings: dict) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def mean_of(values: Sequence[float | None]) -> float:
@@ -311,8 +310,7 @@ def shrink(args: argparse.Namespace) -> int:
         for name, (corners, kinds) in found.items():
             boxes = (corners * args.scale).round(2)
             rows += [[name, classes[kind], *box] for box, kind in zip(boxes, kinds, strict=True)]
-        with whole_file(args.out / "boxes.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+        write_csv(args.out / "boxes.csv", rows)
     print(f"{args.out}: {len(pairs)} pairs; labels: {listed(path.name for path in (masks, objects) if path)}")
     return 0
 

@@ -37,7 +37,7 @@ from utils.common import (
     remember_source,
     run_script,
     sigterm_as_ctrl_c,
-    whole_file,
+    write_text,
 )
 from utils.data.images import SUFFIXES, WRITABLE, check_format, luma_of, side_by_side, to_uint8, write_image
 from utils.data.pairs import Pair, PairList, add_pair_option, open_pairs, read_as, refuse_one_source, task_of
@@ -45,15 +45,15 @@ from utils.data.readers import add_reading_options, readings_of, stem_of, suffix
 from utils.data.registration import TOLERANCE, coverage, edge_shift, read_homography, register
 from utils.data.sources import Source, read_sources
 from utils.data.video import FrameFolder, RunningRange, SequencePair, VideoFile, VideoPair, check_video_name, is_video
-from utils.evaluation.benchmark import Method, load_method
 from utils.inference.fusing import (
     COLOURS,
     SKIP_HELP,
+    Fuser,
     add_inference_options,
     feature_maps,
-    find_weights,
     fuse_sources,
     keep_freed_memory,
+    load_fuser,
     memory_for_files,
     pick_device,
     pick_precision,
@@ -65,7 +65,7 @@ from zoo import SYSTEMS, TASKS, find_system
 class Session:
     """What one run does with every pair, and what it has found out on the way."""
 
-    method: Method
+    fuser: Fuser
     args: argparse.Namespace
     homography: np.ndarray | None
     fused: int = 0
@@ -90,16 +90,12 @@ class Session:
                 self.misaligned[name] = str(shift)
         return ir
 
-    @property
-    def normalised(self) -> bool:
-        return self.method.model.is_normalised(self.args.normalise)
-
     def fuse(self, vis: Source, ir: Source, steady: RunningRange | None = None) -> np.ndarray:
         """Fuses a pair; `steady` takes the place of min-max normalisation, where the result is normalised at all."""
         args = self.args
-        normalise = self.normalised and (steady or True)
+        normalise = self.fuser.normalised and (steady or True)
         how = {"precision": args.precision, "max_memory": args.max_memory, "scratch": args.scratch}
-        return fuse_sources(self.method.model, vis, ir, self.method.skip, args.colour, normalise=normalise, **how)
+        return fuse_sources(self.fuser.system, vis, ir, self.fuser.skip, args.colour, normalise=normalise, **how)
 
     def fuse_files(self, pair: Pair, target: Path, panel: Path) -> np.ndarray:
         """Fuses two files into one, draws the panel if it was asked for, and returns the fused image."""
@@ -114,7 +110,7 @@ class Session:
 
     def write_panel(self, path: Path, vis: Source, ir: Source, fused: np.ndarray) -> None:
         """Visible, infrared, the system's features where it shows some, fused."""
-        maps = feature_maps(self.method.model, vis.grey, ir.grey)
+        maps = feature_maps(self.fuser.system, vis.grey, ir.grey)
         write_image(path, side_by_side([to_uint8(vis.shown), to_uint8(ir.shown), *maps.values(), to_uint8(fused)]))
 
     def warn_of_misaligned(self) -> None:
@@ -193,8 +189,9 @@ def fuse(args: argparse.Namespace) -> int:
         target = target_of(args, found)
     args.precision = pick_precision(args.precision, device)
     system = find_system(args.system)
-    weights = find_weights(system, args.task, args.weights)[-1]
-    session = Session(load_method(weights, system, device, args.skip, args.task), args, homography)
+    fuser = load_fuser(system, args.task, args.weights, args.skip, normalised=args.normalise, device=device)
+    remember_source(fuser.weights)
+    session = Session(fuser, args, homography)
     named = task_of(args.vi, args.ir)
     if named and named != args.task:
         print(f"warning: {args.vi} and {args.ir} look like a case for --task {named}", file=sys.stderr)
@@ -307,7 +304,7 @@ def fuse_folder(session: Session, found: PairList) -> int:
             done.append(entry | ({"annotation": annotations.get(pair.name)} if args.annotations else {}))
     finally:
         if args.list and done:
-            write_list(args.list, session.method, done)
+            write_list(args.list, session.fuser, done)
     elapsed_s = time.perf_counter() - started
     each = f", in {elapsed_s:.1f} s ({elapsed_s / len(done):.2f} s a pair)" if done else ""
     print(f"{args.out}: {len(done)} of {len(found.pairs)} pairs fused{each}")
@@ -328,10 +325,9 @@ def annotations_in(folder: Path) -> dict[str, str]:
     return {path.stem: str(path) for path in paths}
 
 
-def write_list(path: Path, method: Method, pairs: list[dict[str, str | None]]) -> None:
-    facts = {"system": method.model.label, "weights": str(method.weights), "weights_sha256": method.sha256}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(facts | {"pairs": pairs}, indent=2) + "\n", encoding="utf-8")
+def write_list(path: Path, fuser: Fuser, pairs: list[dict[str, str | None]]) -> None:
+    facts = fuser.about() | {"weights": str(fuser.weights), "pairs": pairs}
+    write_text(path, json.dumps(facts, indent=2) + "\n")
     print(f"{path}: the pairing list")
 
 
@@ -384,7 +380,7 @@ def fuse_frames(session: Session, frames: VideoPair | SequencePair, rate: float,
     if len(means) > 1:
         *flicker, alone = np.abs(np.diff(means, axis=0)).mean(axis=0)
         parts = [f"{name} {mean:.2f}" for name, mean in zip(("fused", "visible", "infrared"), flicker, strict=True)]
-        each = f"; {alone:.2f} if each frame were normalised alone" if session.normalised else ""
+        each = f"; {alone:.2f} if each frame were normalised alone" if session.fuser.normalised else ""
         print(f"flicker (mean change of the mean grey level between frames): {', '.join(parts)}{each}")
     return bad
 

@@ -18,7 +18,7 @@ import utils  # noqa: F401  before torch, see there
 # isort: split
 import torch
 
-from utils.common import Parser, git_commit, resident_memory
+from utils.common import Parser, git_commit, resident_memory, write_text
 
 
 def parser_of(doc: str) -> Parser:
@@ -50,7 +50,7 @@ def processor() -> str:
 
 def write_json(path: Path | None, report: Mapping[str, Any]) -> None:
     if path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def made_pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

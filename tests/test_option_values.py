@@ -93,9 +93,9 @@ def test_every_number_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, cap
         (tmp_path / "masks").mkdir(exist_ok=True)
         cv2.imwrite(f"masks/{name}.png", np.zeros((43, 51), np.uint8))
         write_video(tmp_path / f"{'vi'[seed]}.mkv", 2, seed=seed)
-    monkeypatch.setattr(fuse, "load_method", lambda *_: None)
-    monkeypatch.setattr(fuse, "Session", lambda method, args, homography: argparse.Namespace(args=args))
-    for module, name in ((fuse, "fuse_frames"), (fuse, "fuse_folder"), (benchmark, "load_method"), (app, "serve"),
+    monkeypatch.setattr(fuse, "load_fuser", lambda *_, **__: argparse.Namespace(weights="w"))
+    monkeypatch.setattr(fuse, "Session", lambda fuser, args, homography: argparse.Namespace(args=args))
+    for module, name in ((fuse, "fuse_frames"), (fuse, "fuse_folder"), (benchmark, "load_fuser"), (app, "serve"),
                          (evaluate, "evaluate"), (downstream, "train"), (plot_training, "read"),
                          (train, "PatchDataset")):  # fmt: skip
         monkeypatch.setattr(module, name, accepts)

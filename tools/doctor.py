@@ -162,8 +162,7 @@ def record() -> int:
         for file in sorted({*system.other_weights, *itertools.chain(*system.weights.values())}):
             path = in_checkout("models", file)
             answers[file] = {"system": name, "sha256": file_sha256(path), "blocks": answer(path, name, "cpu")}
-    with common.whole_file(in_checkout(*ANSWERS)) as temporary:
-        temporary.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    common.write_text(in_checkout(*ANSWERS), json.dumps(answers, indent=1) + "\n")
     print(f"{in_checkout(*ANSWERS)}: {len(answers)} weight files")
     return 0
 

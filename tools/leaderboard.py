@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from utils.common import ROOT, InputError, Parser, run_script, whole_file
+from utils.common import ROOT, InputError, Parser, run_script, write_text
 from utils.data.manifests import SHOWN, read_manifests
 from utils.evaluation.plots import new_figure, save, title_of
 from utils.evaluation.statistics import bootstrap_interval
@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
             raise InputError(f"{PAGE} was not drawn from {RESULTS}: run python -m tools.leaderboard")
         return 0
-    with whole_file(PAGE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(PAGE, text)
     save(picture({title: rows for title, (protocol, rows) in groups.items() if protocol == "paper"}),
          PAGE.with_suffix(".png"))  # fmt: skip
     print(f"written: {PAGE}, {PAGE.with_suffix('.png')}")

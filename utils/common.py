@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import os
 import signal
 import socket
@@ -191,6 +193,19 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a text file, whole or not at all; names of files in it may be any that a system allows."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+def write_csv(path: Path | str, rows: Iterable[Iterable[object]]) -> None:
+    """As `write_text`, rows of values separated by commas."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _sweep(folder: Path) -> None:

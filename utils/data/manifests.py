@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.common import ROOT, InputError, file_sha256, listed, whole_file
+from utils.common import ROOT, InputError, file_sha256, listed, write_text
 from utils.data.images import read_grey
 from utils.data.pairs import find_modalities, images_in, list_pairs
 
@@ -68,8 +68,7 @@ def make_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifests(folder: Path = FOLDER) -> list[dict[str, Any]]:

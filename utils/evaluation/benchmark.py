@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from utils.common import (
     EXIT_BAD_INPUT,
     InputError,
     check_writable,
-    file_sha256,
     git_commit,
     in_checkout,
     left_out,
@@ -42,33 +40,17 @@ from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_column
 from utils.inference.fusing import (
     PUBLISHED,
     SKIP_HELP,
+    Fuser,
     add_inference_options,
     find_weights,
     fuse_arrays,
     keep_freed_memory,
-    load_system,
+    load_fuser,
     memory_for_files,
     pick_device,
     pick_precision,
 )
 from utils.metrics import PROTOCOLS, score
-
-
-@dataclass(frozen=True)
-class Method:
-    """A system with weights, ready to run on a task."""
-
-    model: Any
-    weights: Path
-    label: str
-    skip: str
-    sha256: str
-
-    @property
-    def stem(self) -> str:
-        """The name of its results. The published files have the names of ours."""
-        fetched = self.weights.resolve().parent == in_checkout(PUBLISHED, "models").resolve()
-        return self.weights.stem + (f"_{PUBLISHED}" if fetched else "")
 
 
 class Given(NamedTuple):
@@ -128,9 +110,11 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
     if args.degrade is not None and args.colour:
         raise InputError("--colour takes the colours of the sources, which --degrade changes; leave one of them out")
     test_sets = find_sets(args, benchmark, memory_for_files(args.max_memory, device))
-    methods = [load_method(path, system, device, args.skip, benchmark.task)
-               for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
-    refuse_repeated("--weights", "files", [method.stem for method in methods])
+    fusers = [load_fuser(system, benchmark.task, path, args.skip, normalised=args.normalise, device=device)
+              for system, path in files_of(systems, args.weights, benchmark.task)]  # fmt: skip
+    for fuser in fusers:
+        remember_source(fuser.weights)
+    refuse_repeated("--weights", "files", [results_name(fuser.weights) for fuser in fusers])
     refuse_repeated("--sets", "folders", [test_set.name for test_set in test_sets])
     check_writable(args.out)
 
@@ -140,43 +124,43 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, systems: list[
         if test_set.found.unmatched():
             print(f"warning: {test_set.name}: {test_set.found.unmatched()}; left out", file=sys.stderr)
         sheets: list[ScoreSheet] = []
-        for method in methods:
+        for fuser in fusers:
             # Degraded sources have a folder of their own: they do not take the place of the others.
             degraded = "" if args.degrade is None else f"_degraded_{args.degrade}"
-            folder = args.out / method.stem / f"{test_set.name}{degraded}"
+            name = results_name(fuser.weights)
+            folder = args.out / name / f"{test_set.name}{degraded}"
             with lock_run_dir(folder):
-                remove_old_metrics(folder, method)
+                remove_old_metrics(folder, fuser)
                 started = time.perf_counter()
-                sheet = fuse_set(method, test_set, folder, args)
+                label = fuser.system.row_label(benchmark.task, fuser.weights.stem)
+                sheet = fuse_set(fuser, label, test_set, folder, args)
                 incomplete |= len(sheet.images) < len(test_set.found.pairs)
                 if not sheet.images:
-                    print(f"warning: no pair of {test_set.name} was scored with {method.weights}", file=sys.stderr)
+                    print(f"warning: no pair of {test_set.name} was scored with {fuser.weights}", file=sys.stderr)
                     continue
                 first = test_set.found.pairs[0]
                 facts = {
                     "set": test_set.name, "vis": test_set.vis_name, "ir": test_set.ir_name,
                     "vi_range": first.vis_reading.range, "ir_range": first.ir_reading.range,
-                    "system": method.model.label, "weights": str(method.weights),
-                    "weights_sha256": method.sha256, "skip": method.skip, "protocol": args.protocol,
-                    "normalised": method.model.is_normalised(args.normalise), "legacy_rounding": args.legacy_rounding,
-                    "degrade": args.degrade, "device": str(device), "precision": args.precision,
-                    "seconds": round(time.perf_counter() - started, 1), "torch": torch.__version__,
-                    "numpy": np.__version__, "commit": commit, "images": sheet.images_hash,
+                    **fuser.about(), "weights": str(fuser.weights), "protocol": args.protocol,
+                    "legacy_rounding": args.legacy_rounding, "degrade": args.degrade, "device": str(device),
+                    "precision": args.precision, "seconds": round(time.perf_counter() - started, 1),
+                    "torch": torch.__version__, "numpy": np.__version__, "commit": commit, "images": sheet.images_hash,
                 }  # fmt: skip
                 sheet.write(folder, facts)
             sheets.append(sheet)
-            written.append(args.out / method.stem)
+            written.append(args.out / name)
         if sheets:
             if args.baselines:
                 sheets += baseline_sheets(test_set, args.protocol, width=len(sheets[0].label))
-            print_table(test_set, sheets, columns, methods, args, f"{device} {args.precision}", commit)
+            print_table(test_set, sheets, columns, fusers, args, f"{device} {args.precision}", commit)
     for folder in dict.fromkeys(written):
         print(f"fused images, metrics.csv and metrics.json: {folder}")
     return EXIT_BAD_INPUT if incomplete else 0
 
 
 def print_table(
-    test_set: TestSet, sheets: list[ScoreSheet], columns: Sequence[str], methods: list[Method],
+    test_set: TestSet, sheets: list[ScoreSheet], columns: Sequence[str], fusers: list[Fuser],
     args: argparse.Namespace, where: str, commit: str,
 ) -> None:  # fmt: skip
     """The published table, what it leaves out, and one line that says how it was made."""
@@ -184,7 +168,7 @@ def print_table(
     print(format_table(f"{test_set.name}{degraded}", sheets, columns))
     for line in format_excluded(sheets, columns):
         print(line)
-    used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in methods)
+    used = ", ".join(f"{m.weights} (sha256 {m.sha256[:12]}, decoder image: {m.skip})" for m in fusers)
     pairs = " and ".join(str(n) for n in sorted({len(sheet.images) for sheet in sheets}))
     rounding = ", truncated to 8 bits" if args.legacy_rounding else ""
     lists = " and ".join(dict.fromkeys(sheet.images_hash[:SHOWN] for sheet in sheets if sheet.images_hash))
@@ -216,19 +200,18 @@ def refuse_repeated(option: str, what: str, names: list[str]) -> None:
         raise InputError(f"{option} names two {what} called {repeated}; their results would share a folder: rename one")
 
 
-def load_method(path: Path, system: type, device: torch.device, skip: str | None, task: str) -> Method:
-    model, skip = load_system(system, path, task, skip, device)
-    sha256 = file_sha256(path)
-    remember_source(path)
-    return Method(model, path, model.row_label(task, path.stem), skip, sha256)
+def results_name(weights: Path) -> str:
+    """The name of what is made with a file of weights. The published files have the names of ours."""
+    is_published = weights.resolve().parent == in_checkout(PUBLISHED, "models").resolve()
+    return weights.stem + (f"_{PUBLISHED}" if is_published else "")
 
 
-def remove_old_metrics(folder: Path, method: Method) -> None:
+def remove_old_metrics(folder: Path, fuser: Fuser) -> None:
     """An interrupted run must not leave new images beside old metrics. Those of other weights of that name are named:
     weights of a run have the name of ours, and so have their results."""
     try:
         before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if before["weights_sha256"] != method.sha256:
+        if before["weights_sha256"] != fuser.sha256:
             weights = before["weights"]
             print(f"note: {folder} had the results of other weights, {weights}; --out DIR keeps both", file=sys.stderr)
     except (OSError, ValueError, KeyError, TypeError):
@@ -237,18 +220,17 @@ def remove_old_metrics(folder: Path, method: Method) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
+def fuse_set(fuser: Fuser, label: str, test_set: TestSet, folder: Path, args: argparse.Namespace) -> ScoreSheet:
     """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out."""
     images: dict[str, dict[str, float]] = {}
     hashes: list[str] = []
-    for number, pair in enumerate(progress(test_set.found.pairs, f"{test_set.name}, {method.stem}", "pair")):
+    for number, pair in enumerate(progress(test_set.found.pairs, f"{test_set.name}, {folder.parent.name}", "pair")):
         path, fate = folder / f"{pair.name}.png", "left out"
         try:
-            given = read_pair(pair, method.model.takes_colour, None if args.degrade is None else (args.degrade, number))
+            given = read_pair(pair, fuser.system.takes_colour, None if args.degrade is None else (args.degrade, number))
             fused = fuse_arrays(
-                method.model, given.vis_to_fuse, given.ir_to_fuse, method.skip,
-                normalise=method.model.is_normalised(args.normalise), precision=args.precision,
-                max_memory=args.max_memory, scratch=args.scratch,
+                fuser.system, given.vis_to_fuse, given.ir_to_fuse, fuser.skip, normalise=fuser.normalised,
+                precision=args.precision, max_memory=args.max_memory, scratch=args.scratch,
             )  # fmt: skip
             write_image(path, fused, truncate=args.legacy_rounding)
             if args.colour and fused.ndim == 2:
@@ -261,7 +243,7 @@ def fuse_set(method: Method, test_set: TestSet, folder: Path, args: argparse.Nam
             hashes.append(pair_hash(given.vis, given.ir))
         except BAD_PAIR as error:
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
-    return ScoreSheet(method.label, images, list_hash(hashes))
+    return ScoreSheet(label, images, list_hash(hashes))
 
 
 def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:

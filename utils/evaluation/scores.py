@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.common import InputError, whole_file
+from utils.common import InputError, write_csv, write_text
 from utils.metrics import PAPER_TABLE, TWELVE
 
 SEPARATOR = "=" * 80
@@ -38,19 +37,13 @@ class ScoreSheet:
 
     def write(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Writes metrics.csv (one row an image) and metrics.json (`facts` and the unrounded means)."""
-        with (
-            whole_file(folder / "metrics.csv") as path,
-            open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(["image", *self._metrics()])
-            writer.writerows([name, *scores.values()] for name, scores in self.images.items())
+        lines = ([name, *scores.values()] for name, scores in self.images.items())
+        write_csv(folder / "metrics.csv", [["image", *self._metrics()], *lines])
         # JSON has neither NaN nor infinity: a metric without a finite value is null.
         mean = {metric: value if math.isfinite(value) else None for metric, value in self.mean().items()}
         content = {"mean": mean, "excluded": self.excluded(), "pairs": len(self.images), **facts}
-        with whole_file(folder / "metrics.json") as path:
-            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(folder / "metrics.json", text + "\n")
 
     def _metrics(self) -> list[str]:
         return list(next(iter(self.images.values()), {}))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.common import InputError, lock_run_dir, whole_file
+from utils.common import InputError, lock_run_dir, write_csv
 from utils.data.manifests import SHOWN
 from utils.evaluation.scores import Row
 from utils.metrics import METRICS, PROTOCOLS, TABLES, defines
@@ -166,7 +166,7 @@ def write_per_image(path: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         for image, values in row.sheet.images.items():
             lines.append([row.method, row.protocol, image, *(_number(value, repr) for value in values.values())])
-    _write_csv(path, lines)
+    write_csv(path, lines)
 
 
 def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
@@ -191,7 +191,7 @@ def update_results(path: Path, rows: Sequence[Row], commit: str) -> None:
             facts = (row.method, row.protocol, str(len(row.sheet.images)), row.sheet.images_hash[:SHOWN], commit)
             means = {key: _number(value, "{:.6g}".format) for key, value in row.sheet.mean().items()}
             kept[row.method, row.protocol] = dict(zip(FACTS, facts, strict=True)) | means
-        _write_csv(path, [columns, *([record.get(column, "") for column in columns] for record in kept.values())])
+        write_csv(path, [columns, *([record.get(column, "") for column in columns] for record in kept.values())])
 
 
 def read_results(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -212,14 +212,6 @@ def read_results(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         if None in record or None in record.values():  # how DictReader shows a row too long or too short
             raise InputError(f"{path}: row {number} has not as many values as there are columns; mend it first")
     return columns, found
-
-
-def _write_csv(path: Path, lines: Sequence[Sequence[str]]) -> None:
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -402,10 +402,15 @@ class Fuser(nn.Module):
         fused = fuse_in_tiles(self.system, vis, ir, self.skip, Tiles(0 if whole else CPU_TILE_PIXELS))
         return min_max_normalise(fused) if self.normalised else fused.clamp(0, 1)
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the file of weights."""
+        return file_sha256(self.weights)
+
     def about(self) -> dict[str, Any]:
-        """What a file made of it should say of itself."""
+        """What a file made with it should say of it."""
         return {
-            "system": self.system.label, "weights": self.weights.name, "weights_sha256": file_sha256(self.weights),
+            "system": self.system.label, "weights": self.weights.name, "weights_sha256": self.sha256,
             "skip": self.skip, "normalised": self.normalised,
         }  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.common import InputError, listed, whole_file
+from utils.common import InputError, listed, write_text
 from utils.inference.checkpoint import ABOUT, read_file, save_file
 from utils.training.distributed import from_first, is_first, ranks
 from utils.training.loop import Run
@@ -84,8 +84,7 @@ def save_results(run: Run) -> None:
     """Writes the weights and the log, which are made of what last.pt holds."""
     with run.averaged():
         run.model.save(run.weights, about(run))
-    with whole_file(run.out / "log.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in run.log))
+    write_text(run.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
 
 
 def save_best(run: Run, loss: float) -> None:
