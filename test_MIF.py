@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from utils.common import Parser, run_script
-from utils.data.pairs import Benchmark
-from utils.evaluation.benchmark import add_arguments, run_benchmark
+from utils.evaluation.benchmark import Benchmark, add_arguments, run_benchmark
 from zoo import SYSTEMS, find_system
 
 MIF = Benchmark(

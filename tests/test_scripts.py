@@ -23,8 +23,7 @@ from utils import common
 from utils.common import ROOT
 from utils.data.images import chroma, read_colour, read_grey, write_image
 from utils.data.manifests import make_manifest
-from utils.data.pairs import find_sets
-from utils.evaluation.benchmark import add_arguments
+from utils.evaluation.benchmark import add_arguments, find_sets
 from utils.inference.checkpoint import save_checkpoint
 from utils.inference.fusing import fuse_arrays
 from utils.metrics import score
@@ -194,16 +193,16 @@ def test_set_without_a_score_does_not_stop_the_others(infrared, weights, tmp_pat
 
 
 def test_unreadable_file_costs_its_pair_only(infrared, weights, tmp_path, capsys, monkeypatch):
-    from utils.data import pairs
+    from utils.data import readers
 
-    read = pairs.read_grey
+    read = readers._open
 
     def refuses_one(path, *how):
         if path.name == "b.png" and path.parent.name == "ir":
             raise PermissionError(13, "Permission denied", str(path))
         return read(path, *how)
 
-    monkeypatch.setattr(pairs, "read_grey", refuses_one)
+    monkeypatch.setattr(readers, "_open", refuses_one)
     code, out, err = run(test_IVF, capsys, "--data", infrared, "--weights", weights, "--out", tmp_path / "out")
     assert code == 2 and "1 pairs" in out and "Permission denied" in err
 

@@ -1,4 +1,4 @@
-"""Pairs of files: which file belongs to which, how data sets name their folders, and the sets a test script runs."""
+"""Pairs of files: which file belongs to which, and how data sets name their folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.common import InputError, benchmark_root, in_checkout, listed, remember_source
+from utils.common import InputError, listed, remember_source
 from utils.data.images import read_grey
 from utils.data.readers import (
     PLAIN,
@@ -58,13 +58,17 @@ class Pair(NamedTuple):
         """
         vis = (read_vis or read_grey)(self.vis, self.vis_reading)
         ir = (read_ir or read_grey)(self.ir, self.ir_reading)
+        self.check_sizes(vis, ir)
+        return vis, ir
+
+    def check_sizes(self, vis: np.ndarray, ir: np.ndarray) -> None:
+        """Raises InputError where the two images, (H, W) or (H, W, 3), are of two sizes."""
         if vis.shape[:2] != ir.shape[:2]:
             sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
             raise InputError(
                 f"{self.vis} is {sizes[0]} but {self.ir} is {sizes[1]} (width x height); "
                 "a pair must be aligned and of one size: resize or crop one of the two files"
             )
-        return vis, ir
 
 
 class PairList(NamedTuple):
@@ -299,63 +303,6 @@ def task_of(vis: Path, ir: Path) -> str:
     words = [set(re.split("[^a-z]+", " ".join(path.absolute().parts[-2:]).lower())) for path in (vis, ir)]
     tasks = [task for task, *sides in LAYOUTS if all(each & {*names} for each, names in zip(words, sides, strict=True))]
     return tasks[0] if len(tasks) == 1 else ""
-
-
-class Benchmark(NamedTuple):
-    """The defaults of one test script."""
-
-    task: str  # "ivf" or "mif"
-    sets: tuple[str, ...]  # folder names of the published benchmark
-    samples: tuple[str, ...]  # bundled sets, shown where the published ones are absent
-
-
-class TestSet(NamedTuple):
-    name: str
-    vis_name: str  # how the data set calls its visible or MRI images: a folder's name, or a stem
-    ir_name: str
-    found: PairList
-
-
-def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None = None) -> list[TestSet]:
-    """The sets to run, and how they are read. Sets that were asked for must exist; absent default sets give way to the
-    bundled ones. `memory` as of `read_as`."""
-    if args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
-        if not args.data or args.vi or args.ir:
-            raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")
-        folders = [args.data / name for name in args.sets or [""]]
-        found = [read_as(list_flat_pairs(folder, *args.stems), args, memory) for folder in folders]
-        sets = [TestSet(folder.resolve().name, *args.stems, each) for folder, each in zip(folders, found, strict=True)]
-    else:
-        if args.vi or args.ir:
-            if not (args.vi and args.ir) or args.data or args.sets:
-                raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
-            named = [(set_name(args.vi), args.vi, args.ir)]
-        else:
-            folders = find_set_folders(args, benchmark)
-            named = [(folder.resolve().name, *find_modalities(folder)) for folder in folders]
-        sets = [TestSet(name, *role_names(*both), open_pairs(*both, args, memory)) for name, *both in named]
-    for number, test_set in enumerate(sets):
-        test_set.found.check_usable()
-        if args.limit:  # under another name, so that the results do not take the place of those of the whole set
-            name, first = f"{test_set.name}_first_{args.limit}", test_set.found.pairs[: args.limit]
-            sets[number] = test_set._replace(name=name, found=test_set.found._replace(pairs=first))
-    return sets
-
-
-def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Path]:
-    root = args.data or benchmark_root()
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder at {root}; name one with --data")
-    if args.sets:
-        return [root / name for name in args.sets]
-    present = [name for name in benchmark.sets if (root / name).is_dir()]
-    if modalities_in(root) or (args.data and not present):
-        return [root]
-    absent = ", ".join(name for name in benchmark.sets if name not in present)
-    if absent:
-        shown = "" if present else "; the bundled samples are shown instead"
-        print(f"benchmark sets not found: {absent}. Put them at {root}/<set>/<modality>/ (README, Data){shown}")
-    return [root / name for name in present] or [in_checkout("test_img", name) for name in benchmark.samples]
 
 
 def open_pairs(vis: Path, ir: Path, args: argparse.Namespace, memory: int | None = None) -> PairList:

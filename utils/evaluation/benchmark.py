@@ -21,6 +21,7 @@ from utils.common import (
     DATA_VARIABLE,
     EXIT_BAD_INPUT,
     InputError,
+    benchmark_root,
     check_writable,
     git_commit,
     in_checkout,
@@ -31,10 +32,22 @@ from utils.common import (
     remember_source,
 )
 from utils.data.degradation import degrade_pair
-from utils.data.images import is_coloured, luma_of, read_colour, read_grey, with_colour_of, write_image
+from utils.data.images import luma_of, read_grey, with_colour_of, write_image
 from utils.data.manifests import SHOWN, list_hash, pair_hash
-from utils.data.pairs import Benchmark, Pair, TestSet, add_pair_option, find_sets
+from utils.data.pairs import (
+    Pair,
+    PairList,
+    add_pair_option,
+    find_modalities,
+    list_flat_pairs,
+    modalities_in,
+    open_pairs,
+    read_as,
+    role_names,
+    set_name,
+)
 from utils.data.readers import add_reading_options
+from utils.data.sources import Source, read_sources
 from utils.evaluation.folders import BASELINES, baseline_labels
 from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
 from utils.inference.fusing import (
@@ -53,11 +66,26 @@ from utils.inference.fusing import (
 from utils.metrics import PROTOCOLS, score
 
 
-class Given(NamedTuple):
-    """What is read of a pair: its grey levels, to score against, and what the system is given to fuse."""
+class Benchmark(NamedTuple):
+    """The defaults of one test script."""
 
-    vis: np.ndarray
-    ir: np.ndarray
+    task: str  # "ivf" or "mif"
+    sets: tuple[str, ...]  # folder names of the published benchmark
+    samples: tuple[str, ...]  # bundled sets, shown where the published ones are absent
+
+
+class TestSet(NamedTuple):
+    name: str
+    vis_name: str  # how the data set calls its visible or MRI images: a folder's name, or a stem
+    ir_name: str
+    found: PairList
+
+
+class Given(NamedTuple):
+    """What is read of a pair, to score against, and what the system is given to fuse: arrays of levels."""
+
+    vis: Source
+    ir: Source
     vis_to_fuse: np.ndarray
     ir_to_fuse: np.ndarray
 
@@ -177,6 +205,48 @@ def print_table(
     )
 
 
+def find_sets(args: argparse.Namespace, benchmark: Benchmark, memory: int | None = None) -> list[TestSet]:
+    """The sets to run, and how they are read. Sets that were asked for must exist; absent default sets give way to the
+    bundled ones. `memory` as of `read_as`."""
+    if args.stems:  # which stem is which is never guessed: exchanged roles fuse as well, to another image
+        if not args.data or args.vi or args.ir:
+            raise InputError("--stems is for one folder that holds both images of every pair; name it with --data DIR")
+        folders = [args.data / name for name in args.sets or [""]]
+        found = [read_as(list_flat_pairs(folder, *args.stems), args, memory) for folder in folders]
+        sets = [TestSet(folder.resolve().name, *args.stems, each) for folder, each in zip(folders, found, strict=True)]
+    else:
+        if args.vi or args.ir:
+            if not (args.vi and args.ir) or args.data or args.sets:
+                raise InputError("--vi DIR and --ir DIR go together, and in place of --data, --sets and --stems")
+            named = [(set_name(args.vi), args.vi, args.ir)]
+        else:
+            folders = find_set_folders(args, benchmark)
+            named = [(folder.resolve().name, *find_modalities(folder)) for folder in folders]
+        sets = [TestSet(name, *role_names(*both), open_pairs(*both, args, memory)) for name, *both in named]
+    for number, test_set in enumerate(sets):
+        test_set.found.check_usable()
+        if args.limit:  # under another name, so that the results do not take the place of those of the whole set
+            name, first = f"{test_set.name}_first_{args.limit}", test_set.found.pairs[: args.limit]
+            sets[number] = test_set._replace(name=name, found=test_set.found._replace(pairs=first))
+    return sets
+
+
+def find_set_folders(args: argparse.Namespace, benchmark: Benchmark) -> list[Path]:
+    root = args.data or benchmark_root()
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}; name one with --data")
+    if args.sets:
+        return [root / name for name in args.sets]
+    present = [name for name in benchmark.sets if (root / name).is_dir()]
+    if modalities_in(root) or (args.data and not present):
+        return [root]
+    absent = ", ".join(name for name in benchmark.sets if name not in present)
+    if absent:
+        shown = "" if present else "; the bundled samples are shown instead"
+        print(f"benchmark sets not found: {absent}. Put them at {root}/<set>/<modality>/ (README, Data){shown}")
+    return [root / name for name in present] or [in_checkout("test_img", name) for name in benchmark.samples]
+
+
 def files_of(systems: list[Any], weights: list[Path] | None, task: str) -> list[tuple[Any, Path]]:
     """The rows of a table, as (system, weight file).
 
@@ -233,24 +303,18 @@ def fuse_set(fuser: Fuser, label: str, test_set: TestSet, folder: Path, args: ar
                 precision=args.precision, max_memory=args.max_memory, scratch=args.scratch,
             )  # fmt: skip
             write_image(path, fused, truncate=args.legacy_rounding)
-            if args.colour and fused.ndim == 2:
-                write_in_colour(folder / "colour" / path.name, pair, fused)
+            colours = [source.colour for source in (given.vis, given.ir) if source.colour is not None]
+            if args.colour and fused.ndim == 2 and colours:
+                write_image(folder / "colour" / path.name, with_colour_of(fused, *colours))
             if args.degrade is not None:
                 for name, image in (("vis", given.vis_to_fuse), ("ir", given.ir_to_fuse)):
                     write_image(folder / f"given_{name}" / path.name, image)
             fate = "fused, but not scored"
-            images[pair.name] = score(read_grey(path), given.ir, given.vis, args.protocol)
-            hashes.append(pair_hash(given.vis, given.ir))
+            images[pair.name] = score(read_grey(path), given.ir.grey, given.vis.grey, args.protocol)
+            hashes.append(pair_hash(given.vis.grey, given.ir.grey))
         except BAD_PAIR as error:
             left_out(f"{test_set.name}/{pair.name}", error, args, fate)
     return ScoreSheet(label, images, list_hash(hashes))
-
-
-def write_in_colour(path: Path, pair: Pair, fused: np.ndarray) -> None:
-    images = read_colour(pair.vis, pair.vis_reading), read_colour(pair.ir, pair.ir_reading)
-    sources = [image for image in images if is_coloured(image)]
-    if sources:
-        write_image(path, with_colour_of(fused, *sources))
 
 
 def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Given:
@@ -262,18 +326,16 @@ def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Give
         degrade: seed of `utils.data.degradation.degrade_pair`. Colours are degraded, then turned to grey where grey is
             wanted, so that all systems are given the same scene.
     """
-    vis, ir = pair.read()
-    if not (colour or degrade):
-        return Given(vis, ir, vis, ir)
-    shown = read_colour(pair.vis, pair.vis_reading)
-    coloured = is_coloured(shown)
-    vis_to_fuse, ir_to_fuse = shown if coloured else vis, ir
-    if degrade:
-        bad = degrade_pair(vis_to_fuse / np.float32(255), ir / np.float32(255), degrade)
-        vis_to_fuse, ir_to_fuse = (image * np.float32(255) for image in bad)
-        if coloured and not colour:
-            vis_to_fuse = np.round(luma_of(vis_to_fuse))
-    return Given(vis, ir, vis_to_fuse, ir_to_fuse)
+    vis, ir = read_sources(pair)
+    pair.check_sizes(vis.grey, ir.grey)
+    if not degrade:
+        return Given(vis, ir, vis.shown if colour else vis.grey, ir.grey)
+    bad_vis, bad_ir = (
+        255 * image for image in degrade_pair(vis.shown / np.float32(255), ir.grey / np.float32(255), degrade)
+    )
+    if bad_vis.ndim == 3 and not colour:
+        bad_vis = np.round(luma_of(bad_vis))
+    return Given(vis, ir, bad_vis, bad_ir)
 
 
 def baseline_sheets(test_set: TestSet, protocol: str, width: int) -> list[ScoreSheet]:
