@@ -183,9 +183,14 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
 def check_patches(options: Options, system: type, dataset: PatchDataset, data: Path) -> None:
     """
     Raises:
-        InputError: crops, patches or validation pairs, or what is in a batch, are too small for the system; or a batch
-            cannot be shared equally.
+        InputError: crops, patches or validation pairs, or what is in a batch, are too small for the system; a batch
+            cannot be shared equally; or the system needs saliency maps, and there are none.
     """
+    if system.needs_saliency and dataset.ir_saliency is None:
+        raise InputError(
+            f"{system.label} trains on visual saliency maps, and {data} has none; make it again with "
+            "`python dataprocessing.py --saliency`"
+        )
     side = options.crop or dataset.size
     if not system.smallest_patch <= side <= dataset.size:
         raise InputError(

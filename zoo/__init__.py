@@ -67,6 +67,7 @@ class System:
     published: Mapping[str, tuple[str, ...]] = {}  # task -> published files, as for `weights`
     columns: Sequence[str] = PAPER_TABLE  # of its published table
     normalised = True  # whether its published test brings each fused image to the full range
+    needs_saliency = False  # whether its training needs saliency maps of the infrared images
     takes_colour = False  # whether `fuse` and the training are given visible images in colour where there is some
     # Bytes a pixel of the image, in float32: of the maps that `fuse_tiled` keeps between two sweeps; and of all that
     # `fuse` takes, where there is no `fuse_tiled`, which is what --max-memory is held against (0: not known).

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import net
-from utils.common import InputError
 from utils.inference.checkpoint import save_checkpoint
 from utils.tiles import Tiles
 from utils.training.losses import multi_branch_loss
@@ -312,6 +311,7 @@ class MLFuseSystem(System, nn.Module):
     label = "MLFuse"
     smallest_side = SMALLEST_SIDE
     smallest_patch = SMALLEST_SIDE
+    needs_saliency = True
     weights = {"ivf": ("MLFuse.pth",), "mif": ("MLFuse.pth",)}  # one file for all images
     Options = Options
     recipes = {
@@ -347,11 +347,6 @@ class MLFuseSystem(System, nn.Module):
         """One stage, in which all branches learn at once. Batches need the saliency maps of the second image."""
 
         def losses(batch: Batch) -> dict[str, Tensor]:
-            if batch.ir_saliency is None:
-                raise InputError(
-                    "MLFuse trains on visual saliency maps, and these patches have none; "
-                    "make the patch file with `python dataprocessing.py --saliency`"
-                )
             outputs = self.network(batch.vis, batch.ir)
             terms = multi_branch_loss(batch.vis, batch.ir, batch.ir_saliency, *outputs)
             terms["total"] = (

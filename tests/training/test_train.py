@@ -187,6 +187,12 @@ def test_bad_options_are_one_line_and_exit_code_2(patch_file, tmp_path, capsys, 
     assert not (tmp_path / "run").exists()
 
 
+def test_patches_without_saliency_maps_are_refused_with_the_command_to_run(patch_file, tmp_path, capsys):
+    assert train.main(["--system", "mlfuse", "--data", str(patch_file), "--out", str(tmp_path / "run")]) == 2
+    assert "dataprocessing.py --saliency" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_folder_is_not_overwritten_and_changed_options_are_named(patch_file, tmp_path, capsys):
     run(patch_file, tmp_path / "run")
     before = (tmp_path / "run/last.pt").read_bytes()

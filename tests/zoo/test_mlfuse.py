@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 import test_MIF
 from tests.conftest import formula_image, set_formula_weights
-from utils.common import InputError
 from utils.data.images import read_grey
 from utils.inference.checkpoint import read_file
 from utils.training.losses import ssim_map
@@ -240,12 +239,6 @@ def test_training_step_trains_everything_but_the_unused_convolution():
     }  # fmt: skip
     norms = [m for m in system.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {int(norm.num_batches_tracked) for norm in norms} == {1}  # each saw the batch once
-
-
-def test_patches_without_saliency_maps_are_refused_with_the_command_to_run():
-    losses = MLFuseSystem().stages(Options(), "ivf")[0].losses
-    with pytest.raises(InputError, match="dataprocessing.py --saliency"):
-        losses(Batch(torch.rand(2, 1, 20, 20), torch.rand(2, 1, 20, 20)))
 
 
 def test_ssim_with_zero_borders_differs_from_reflected_ones_at_the_border_only():
