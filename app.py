@@ -33,7 +33,7 @@ import utils  # noqa: F401  before torch, see there
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from utils.common import InputError, Parser, file_sha256, in_checkout, number_in, run_script, sigterm_as_ctrl_c
+from utils.common import InputError, Parser, in_checkout, number_in, run_script, sigterm_as_ctrl_c
 from utils.data.images import read_grey, to_uint8, write_image
 from utils.data.pairs import find_modalities, list_pairs, task_of
 from utils.data.readers import Reading, auto_range, values_in
@@ -111,13 +111,13 @@ class Desk:
         self.args, self.folder, self.device = args, folder, fusing.pick_device(args.device)
         self.how = {"max_memory": args.max_memory, "scratch": args.scratch}
         self.how["precision"] = fusing.pick_precision(args.precision, self.device)
-        self.load = cache(fusing.load_system)
+        self.load = cache(fusing.load_fuser)
         self.weights: dict[str, dict[str, Path]] = {}  # system -> name of a file -> the file
         for name in SYSTEMS:
             bundled = [file for files in find_system(name).weights.values() for file in files]
             self.weights |= {name: {file: in_checkout("models", file) for file in bundled}} if bundled else {}
         for path in args.weights:
-            fusing.load_system(find_system(args.system), path, "mif", None, "cpu")  # what is wrong is said now
+            fusing.load_fuser(find_system(args.system), "mif", path)  # what is wrong is said now
             self.weights.setdefault(args.system, {})[path.name] = path
         self.work: dict[str, float] = {}  # system -> numbers that its modules are given for a pixel
         self.cancelled: set[str] = set()  # sessions of the browser
@@ -158,18 +158,18 @@ class Desk:
                 share, told = min(done / total, 0.99), now
                 tell(share, (now - started) * (1 / share - 1) if share else math.inf)
 
-        path = self.weights[system][weights]
-        model, skip = self.load(find_system(system), path, task, None, self.device)
+        fuser = self.load(find_system(system), task, self.weights[system][weights], device=self.device)
+        model, skip = fuser.system, fuser.skip
         with register_module_forward_pre_hook(count):
             if system not in self.work:  # a small image tells
                 side = max(64, model.smallest_side)
                 fusing.fuse_arrays(model, *np.zeros((2, side, side), np.float32), skip, normalise=False, **self.how)
                 self.work[system] = done / side**2
             done, total, started = 0, self.work[system] * vis.grey.size, time.monotonic()
-            fused = fusing.fuse_sources(model, vis, ir, skip, colour, normalise=model.normalised, **self.how)
+            fused = fusing.fuse_sources(model, vis, ir, skip, colour, normalise=fuser.normalised, **self.how)
         self.work[system] = done / vis.grey.size
         tell(1, 0)
-        facts = f"{model.label}, {weights} (sha256 {file_sha256(path)[:12]}), decoder image: {skip}, "
+        facts = f"{model.label}, {weights} (sha256 {fuser.sha256[:12]}), decoder image: {skip}, "
         facts += f"{vis.size[1]}x{vis.size[0]}, {time.monotonic() - started:.1f}\u00a0s, {self.device.type}"
         file = Path(tempfile.mkdtemp(dir=self.folder)) / f"{Path(vis.name.rsplit(' (', 1)[0]).stem}_fused.png"
         write_image(file, fused)

@@ -63,7 +63,7 @@ def build_parser() -> Parser:
     add("--colour", action="store_true", help="keep the colours of visible images, for systems that train on them")
     add("--legacy-filter", action="store_true", help="keep black patches, as the published low-contrast filter does")
     text = "only write a panel of degraded pairs (default: data/degraded_<SEED>.png) and print what was drawn"
-    add("--degrade", type=number_in(int, 0), nargs="?", const=0, metavar="SEED", help=text)
+    add("--degrade", type=number_in(int, 0, 2**63 - 1), nargs="?", const=0, metavar="SEED", help=text)
     for name in ("vis", "ir"):
         text = "ranges for --degrade that differ, such as 'contrast=0.5:0.9 legacy=1' (utils/data/degradation.py)"
         add(f"--degrade-{name}", default="", metavar="RANGES", help=text)

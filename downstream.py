@@ -40,7 +40,7 @@ from utils.common import (
     progress,
     run_script,
     write_csv,
-    write_text,
+    write_json,
 )
 from utils.data.images import read_colour, to_uint8, write_image
 from utils.data.labels import Boxes, read_boxes, read_mask
@@ -122,7 +122,7 @@ def compare(args: argparse.Namespace) -> int:
     path, sources = out / "report.json", [*BASELINES, *fused]
     with lock_run_dir(out):
         report = open_report(path, settings_of(recipe, classes, items, split))
-        write_json(out / "split.json", split)
+        write_json(out / "split.json", split, indent=1)
         print(f"{len(split['train'])} pairs to train on, {len(split['test'])} to test: {out / 'split.json'}")
         for source in sources:
             training, test, scale, sha256 = open_source(source, items)
@@ -141,11 +141,11 @@ def compare(args: argparse.Namespace) -> int:
                     {"source": source, "seed": seed, "scores": scores, "last_loss": round(loss, 4), "minutes": minutes,
                      "device": str(device), "torch": torch.__version__, "commit": git_commit()}
                 )  # fmt: skip
-                write_json(path, report)
+                write_json(path, report, indent=1)
                 means = ", ".join(f"mean {name} {mean_of(values):.1f}" for name, values in scores.items())
                 print(f"{source}, seed {seed}: {means} %, {minutes} minutes", flush=True)
         tables = {name: table(report["runs"], name, classes, sources, args.seeds) for name in SCORES[args.task]}
-        write_json(path, report | {"tables": tables})
+        write_json(path, report | {"tables": tables}, indent=1)
     print("\n" + "\n\n".join(tables.values()) + f"\n\n{path}")
     return 0
 
@@ -254,10 +254,6 @@ def open_report(path: Path, settings: dict) -> dict:
     if differ:
         raise InputError(f"{path} was made with other {listed(differ)}; repeat its options or choose another --out")
     return report
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def mean_of(values: Sequence[float | None]) -> float:

@@ -190,7 +190,12 @@ def report(
     """Writes files first, then prints: the reader of the output may close the pipe."""
     rows, commit = evaluation.rows, git_commit()
     facts = provenance(rows, commit)
-    comparisons = compare(rows, find_row(rows, args.against)) if args.against else []
+    against = next((row for row in rows if row.method == args.against), None)
+    if args.against and not against:
+        raise InputError(
+            f"--against {args.against}: no such row; choose one of {', '.join(row.method for row in rows)}"
+        )
+    comparisons = compare(rows, against) if against else []
     if args.per_image:
         tables.write_per_image(args.per_image, rows)
     if args.results:
@@ -279,13 +284,6 @@ def provenance(rows: Sequence[Row], commit: str) -> list[str]:
             "rows about different images cannot be compared; the best are marked among those like the first row"
         )
     return [*lines, *map(tables.describe_protocol, protocols)]
-
-
-def find_row(rows: Sequence[Row], name: str) -> Row:
-    for row in rows:
-        if row.method == name:
-            return row
-    raise InputError(f"--against {name}: no such row; choose one of {', '.join(row.method for row in rows)}")
 
 
 def verify_data(where: str) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -37,7 +36,7 @@ from utils.common import (
     remember_source,
     run_script,
     sigterm_as_ctrl_c,
-    write_text,
+    write_json,
 )
 from utils.data.images import SUFFIXES, WRITABLE, check_format, luma_of, side_by_side, to_uint8, write_image
 from utils.data.pairs import Pair, PairList, add_pair_option, open_pairs, read_as, refuse_one_source, task_of
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--annotations", type=Path, metavar="DIR", help="folder of annotation files to name in --list, by file name")
     add("--sequence", action="store_true",
         help="the folders hold frames of one scene: steady brightness, in the order of their numbers")  # fmt: skip
-    add("--fps", type=number_in(float, 0.001, 1000),
+    add("--fps", type=number_in(float, 0.01, 999),
         help="frames a second of the video (default: those of the visible video, else 25)")  # fmt: skip
     add("--offset", type=number_in(float, -LARGEST), default=0.0, metavar="SECONDS",
         help="two videos: how much later the infrared one began; may be negative (default: 0)")  # fmt: skip
@@ -326,8 +325,7 @@ def annotations_in(folder: Path) -> dict[str, str]:
 
 
 def write_list(path: Path, fuser: Fuser, pairs: list[dict[str, str | None]]) -> None:
-    facts = fuser.about() | {"weights": str(fuser.weights), "pairs": pairs}
-    write_text(path, json.dumps(facts, indent=2) + "\n")
+    write_json(path, fuser.about() | {"weights": str(fuser.weights), "pairs": pairs})
     print(f"{path}: the pairing list")
 
 

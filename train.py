@@ -49,7 +49,7 @@ from utils.metrics import SMALLEST_SCORED
 from utils.training import run_state
 from utils.training.distributed import any_rank, from_first, is_first, process_group, ranks
 from utils.training.loop import Run, Stop
-from utils.training.monitor import add_scalars, draw_panel, log, open_curves, validate
+from utils.training.monitor import add_scalars, log, open_curves, validate
 from utils.training.options import Options, add_options, take_options
 from zoo import SYSTEMS, TASKS, find_system
 
@@ -153,6 +153,9 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     out = args.out or Path("runs") / f"{args.system}_{args.task}"
     stages = model.stages(system_options, args.task)
+    if not any(stage.epochs for stage in stages):
+        names = [f"--{name.replace('_', '-')}" for name in vars(system_options) if name.endswith("epochs")]
+        raise InputError(f"there is no epoch to train; raise one of {', '.join(names)}")
     run = Run(model, stages, options, dataset, settings, facts, out, f"{system.label}_{args.task.upper()}.pth")
     run.compile = args.compile
     # Lock first: another process could still replace the checkpoint that is read next.
@@ -298,8 +301,7 @@ def finish_epoch(run: Run, args: argparse.Namespace, curves: Any) -> None:
     due = args.validate_every and ((epoch_in_stage + 1) % args.validate_every == 0 or run.epoch == run.epochs)
     if pairs and due and is_first():
         with run.averaged():
-            losses, metrics = validate(run.model, stage, args.task, pairs, run.options.precision)
-            panel = draw_panel(run.model, args.task, pairs, skip=stage.skip)
+            losses, metrics, panel = validate(run.model, stage, args.task, pairs, run.options.precision)
         looked_at = {"losses": losses, "metrics": metrics}
         line["validation"] = {"pairs": run.dataset.validation_hash} | looked_at
         text += f"; validation total {losses['total']:.4f}, " + " ".join(f"{k} {v:.3f}" for k, v in metrics.items())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import utils  # noqa: F401  before torch, see there
 # isort: split
 import torch
 
-from utils.common import Parser, git_commit, resident_memory, write_text
+from utils.common import Parser, git_commit, resident_memory
 
 
 def parser_of(doc: str) -> Parser:
@@ -50,7 +52,7 @@ def processor() -> str:
 
 def write_json(path: Path | None, report: Mapping[str, Any]) -> None:
     if path:
-        write_text(path, json.dumps(report, indent=2) + "\n")
+        path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def made_pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +100,12 @@ def time_in_turns(
 def synchronise(device: torch.device | str) -> None:
     if str(device) != "cpu":
         torch.cuda.synchronize(device)
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of a module in a process of its own, as a process never gives back the memory it once had."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

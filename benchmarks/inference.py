@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import about, made_pair, parser_of, peak_of, spread, time_in_turns, write_json
+from benchmarks import about, in_process, made_pair, parser_of, peak_of, spread, time_in_turns, write_json
 from tests import reference_net
 from tools import export
 from utils.common import InputError, number_in, run_script
@@ -46,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--sides", nargs="+", choices=SIDES, default=SIDES, help="ratios and differences are to the first one")
     add("--threads", type=number_in(int, 1), default=1, help="of the processor (default 1)")
     add("--device", default="cpu", help="cpu or cuda, for our sides (default cpu)")
-    add("--peak-of", nargs=2, help=argparse.SUPPRESS)  # a side and the ONNX file, in a process of its own
     return run_script(time_sizes, parser, argv)
 
 
@@ -57,14 +54,6 @@ def time_sizes(args: argparse.Namespace) -> int:
     sizes = {size: read_size(size) for size in args.sizes}
     model = load_fuser(find_system("cddfuse"), "ivf", device=device).system
     small = made_pair(48, 64)  # what a library prepares once is not part of a call
-    if args.peak_of:
-        call, pair = (
-            make_call(args.peak_of[0], model, Path(args.peak_of[1]), args.threads),
-            made_pair(*sizes[args.sizes[0]]),
-        )
-        call(*small)
-        print(peak_of(lambda: call(*pair), device))
-        return 0
     chosen = [side for side in args.sides if side not in ENGINES or importlib.util.find_spec(side)]
     for side in sorted(set(args.sides) - set(chosen)):
         print(f"{side} is left out: `pip install onnx onnxscript onnxruntime {side}`")
@@ -83,7 +72,7 @@ def time_sizes(args: argparse.Namespace) -> int:
             found = report["sizes"][size] = {
                 side: {
                     "seconds": spread(times[side]["wall"]), "processor_seconds": spread(times[side]["cpu"]),
-                    "peak_bytes": peak_in_process(side, size, onnx_file, args),
+                    "peak_bytes": in_process(peak_memory, side, shape, onnx_file, args),
                     "largest_difference": float(np.abs(results[side] - results[chosen[0]]).max() / 255),
                 }
                 for side in chosen
@@ -136,11 +125,15 @@ def as_input(image: np.ndarray) -> np.ndarray:
     return image[None, None] / np.float32(255)
 
 
-def peak_in_process(side: str, size: str, onnx_file: Path, args: argparse.Namespace) -> int:
-    """Peak memory of one side, in a process of its own, since a process never gives back what it once had: bytes."""
-    command = [sys.executable, "-m", "benchmarks.inference", "--peak-of", side, str(onnx_file), "--sizes", size]
-    command += ["--device", args.device, "--threads", str(args.threads)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def peak_memory(side: str, shape: tuple[int, int], onnx_file: Path, args: argparse.Namespace) -> int:
+    """Bytes that one side needs to fuse a pair, beyond what the process had before."""
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    device = pick_device(args.device)
+    call = make_call(side, load_fuser(find_system("cddfuse"), device=device).system, onnx_file, args.threads)
+    call(*made_pair(48, 64))
+    pair = made_pair(*shape)
+    return peak_of(lambda: call(*pair), device)
 
 
 def print_size(size: str, found: dict[str, dict[str, Any]]) -> None:

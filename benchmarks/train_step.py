@@ -12,7 +12,6 @@ it once had: the peak of two steps less what was in use before them.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 import train
-from benchmarks import about, parser_of, peak_of, time_in_turns, write_json
+from benchmarks import about, in_process, parser_of, peak_of, time_in_turns, write_json
 from tests import reference_net
 from utils.common import number_in, run_script
 from utils.data.patches import Batch, PatchDataset
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def time_steps(args: argparse.Namespace) -> int:
     args.device = pick_device(args.device)
-    peaks = {way: peak_memory(way, args) for way in WAYS} if args.memory else {}
+    peaks = {way: in_process(peak_memory, way, args) for way in WAYS} if args.memory else {}
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     report = {"benchmark": "train_step", "size": args.size, "batch_size": args.batch_size, "compile": args.compile,
@@ -139,12 +138,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> Callable[[], tor
 
 
 def peak_memory(way: str, args: argparse.Namespace) -> float:
-    """Bytes that two steps of phase 2 need beyond what the process had before them, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (way, args))
-
-
-def _peak_memory(way: str, args: argparse.Namespace) -> float:
+    """Bytes that two steps of phase 2 need beyond what the process had before them."""
     torch.set_num_threads(args.threads)
     step = make_step(way, 2, args)
     return peak_of(lambda: (step(), step()), args.device)

@@ -32,7 +32,7 @@ from utils.evaluation import benchmark
 def test_unknown_option_is_one_line(main, capsys):
     assert main(["--no-such-option"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("--help\n")
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("--help lists the options\n")
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -162,7 +162,7 @@ def record() -> int:
         for file in sorted({*system.other_weights, *itertools.chain(*system.weights.values())}):
             path = in_checkout("models", file)
             answers[file] = {"system": name, "sha256": file_sha256(path), "blocks": answer(path, name, "cpu")}
-    common.write_text(in_checkout(*ANSWERS), json.dumps(answers, indent=1) + "\n")
+    common.write_json(in_checkout(*ANSWERS), answers, indent=1)
     print(f"{in_checkout(*ANSWERS)}: {len(answers)} weight files")
     return 0
 

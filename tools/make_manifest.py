@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.common import InputError, Parser, check_target, in_checkout, run_script
-from utils.data.manifests import make_manifest, write_manifest
+from utils.common import InputError, Parser, check_target, in_checkout, run_script, write_json
+from utils.data.manifests import make_manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         path = check_target(args.out or in_checkout("results", "manifests", f"{manifest['set']}.json"))
         if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("images") != manifest["images"]:
             raise InputError(f"{path} lists other images than {folder}; choose another name with --out, or remove it")
-        write_manifest(path, manifest)
+        write_json(path, manifest, indent=1)
         print(f"{path}: {manifest['pairs']} pairs, images {manifest['images']}")
     return 0
 

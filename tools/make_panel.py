@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from utils.common import Parser, in_checkout, run_script, whole_file
-from utils.data.images import read_colour, to_uint8, with_colour_of
+from utils.data.images import in_colour, one_below_another, read_colour, side_by_side, to_uint8, with_colour_of
 from utils.data.pairs import find_modalities, list_pairs
+from utils.data.registration import resize
 from utils.inference.fusing import feature_maps, load_fuser, to_levels, to_network
 from zoo.cddfuse import CDDFuseSystem
 
 SETS = {"ivf": ("Sample_IVF",), "mif": ("Sample_MRI_CT", "Sample_MRI_PET")}
 COLUMNS = ("visible, MRI", "infrared, CT, PET", "base of 1st", "base of 2nd", "detail of 1st", "detail of 2nd", "fused")
-WIDTH, GAP, HEADING = 140, 4, 22  # pixels
+WIDTH, GAP, HEADING = 140, 4, 18  # pixels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,13 +45,13 @@ def draw(args: argparse.Namespace) -> int:
                 features = [maps[key] for key in ("base vis", "base ir", "detail vis", "detail ir")]
                 rows.append(row([*colours, *features, with_colour_of(fused, *colours)]))
     with whole_file(args.out) as temporary:
-        cv2.imwrite(str(temporary), np.concatenate(rows)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        cv2.imwrite(str(temporary), one_below_another(rows)[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
     print(args.out)
     return 0
 
 
 def heading() -> np.ndarray:
-    canvas = np.full((HEADING, len(COLUMNS) * (WIDTH + GAP), 3), 255, np.uint8)
+    canvas = np.full((HEADING, len(COLUMNS) * (WIDTH + GAP) - GAP, 3), 255, np.uint8)
     for i, text in enumerate(COLUMNS):
         cv2.putText(canvas, text, (i * (WIDTH + GAP) + 2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return canvas
@@ -58,13 +59,8 @@ def heading() -> np.ndarray:
 
 def row(images: Sequence[np.ndarray]) -> np.ndarray:
     """Images of one size, grey or in colour, beside each other in equal widths: uint8 (H, W, 3)."""
-    size = (WIDTH, round(images[0].shape[0] * WIDTH / images[0].shape[1]))
-    cells = []
-    for image in images:
-        colour = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        cell = cv2.resize(to_uint8(colour), size, interpolation=cv2.INTER_AREA)
-        cells.append(cv2.copyMakeBorder(cell, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
-    return np.concatenate(cells, axis=1)
+    size = (round(images[0].shape[0] * WIDTH / images[0].shape[1]), WIDTH)
+    return side_by_side([resize(in_colour(to_uint8(image)), size) for image in images])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import signal
 import socket
@@ -86,7 +87,7 @@ def number_in(kind: type, least: float, most: float = LARGEST) -> Callable[[str]
             if least <= kind(text) <= most:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what} from {least:.7g} to {most:.7g}, got {text[:20]!r}")
+        raise argparse.ArgumentTypeError(f"must be {what} from {least} to {most}, got {text[:20]!r}")
 
     return parse
 
@@ -104,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+        raise InputError(f"{message}; --help lists the options")
 
 
 def run_script(body: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None = None) -> int:
@@ -199,6 +200,11 @@ def write_text(path: Path | str, text: str) -> None:
     """Writes a text file, whole or not at all; names of files in it may be any that a system allows."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+def write_json(path: Path | str, content: Any, indent: int = 2) -> None:
+    """As `write_text`, JSON in ASCII. Raises ValueError for NaN and infinity, which JSON has not."""
+    write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path | str, rows: Iterable[Iterable[object]]) -> None:

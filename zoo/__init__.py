@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from utils.common import InputError, in_checkout
 from utils.data.patches import Batch
 from utils.inference.checkpoint import load_checkpoint, save_checkpoint
 from utils.metrics import PAPER_TABLE
-from utils.training.options import check_options, option
+from utils.training.options import CheckedOptions, option
 from utils.training.stages import Pass, Stage
 
-__all__ = ["SYSTEMS", "TASKS", "Batch", "Pass", "Stage", "System", "check_options", "find_system", "option"]
+__all__ = ["SYSTEMS", "TASKS", "Batch", "CheckedOptions", "Pass", "Stage", "System", "find_system", "option"]
 
 TASKS = {"ivf": "infrared and visible images", "mif": "medical images: MRI and CT, PET or SPECT"}
 
@@ -35,11 +34,6 @@ SYSTEMS = {
     "mlfuse": ("zoo.mlfuse", "MLFuseSystem"),
     "tsdm": ("zoo.tsdm", "TSDMFusion"),
 }
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """The options of a system that has none."""
 
 
 class System:
@@ -74,7 +68,7 @@ class System:
     map_bytes = 0
     whole_bytes = 0
     step_bytes = 0  # bytes a pixel of a batch, in float32, that a training step takes; 0: not known
-    Options: type = NoOptions  # of its training: a frozen dataclass with fields made by `option`
+    Options: type = CheckedOptions  # of its training: a frozen dataclass like this one, with fields made by `option`
     # Name -> values of training options that differ from their defaults, which are those of CDDFuse's published code.
     # The first is the default.
     recipes: Mapping[str, Mapping[str, Any]] = {"published": {}}
@@ -107,11 +101,6 @@ class System:
                 terms[name] = loss(batch.vis, batch.ir, fused)
                 terms["total"] = terms["total"] + weight * terms[name]
         return terms
-
-    @classmethod
-    def is_normalised(cls, asked: bool | None) -> bool:
-        """Whether to min-max normalise its images: as asked for, by default as in its published test."""
-        return cls.normalised if asked is None else asked
 
     @classmethod
     def bundled_weights(cls, task: str) -> list[Path]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import net
-from utils.common import InputError
 from utils.evaluation.scores import PUBLISHED_COLUMNS
 from utils.tiles import Tiles
 from utils.training.losses import (
@@ -23,11 +22,11 @@ from utils.training.losses import (
     range_loss,
     reconstruction_loss,
 )
-from zoo import Batch, Stage, System, check_options, option
+from zoo import Batch, CheckedOptions, Stage, System, option
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CheckedOptions):
     """Training options of CDDFuse; the defaults are those of the published code."""
 
     stage1_epochs: int = option(40, "epochs of stage one, decomposition: encoder and decoder", low=0)
@@ -51,11 +50,6 @@ class Options:
     decoder_image: str = option("auto", "what the decoder adds in stage two (none: nor in stage one); auto: vis, or "
                                 "none for --task mif",
                                 choices=("auto", *net.SKIPS))  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if not self.stage1_epochs + self.stage2_epochs:
-            raise InputError("--stage1-epochs and --stage2-epochs must not be both 0")
 
 
 class CDDFuseSystem(System, net.CDDFuse):

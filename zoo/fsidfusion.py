@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import net
-from utils.common import InputError
 from utils.evaluation.scores import PUBLISHED_COLUMNS
 from utils.tiles import Local, Tiles
 from utils.training.losses import SSIM_FORMS, fusion_loss, gradient_loss, reconstruction_loss
-from zoo import Batch, Stage, System, check_options, option
+from zoo import Batch, CheckedOptions, Stage, System, option
 from zoo.cddfuse import decode_tiled, encode_tiled
 
 CHANNELS = 64
@@ -142,7 +141,7 @@ class PairEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CheckedOptions):
     """Training options of FSIDFusion; the defaults are those of the published code."""
 
     stage1_epochs: int = option(40, "epochs of stage one, reconstruction: encoder and decoder", low=0)
@@ -152,11 +151,6 @@ class Options:
     gradient_weight_2: float = option(100.0, "weight of the gradient of the fused image", low=0)
     reconstruction_weight: float = option(1.0, "weight in stage two of all terms of stage one", low=0)
     ssim_form: str = option("published", "they differ where SSIM is negative", choices=SSIM_FORMS)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if not self.stage1_epochs + self.stage2_epochs:
-            raise InputError("--stage1-epochs and --stage2-epochs must not be both 0")
 
 
 class FSIDFusion(System, nn.Module):

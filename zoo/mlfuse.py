@@ -37,7 +37,7 @@ import net
 from utils.inference.checkpoint import save_checkpoint
 from utils.tiles import Tiles
 from utils.training.losses import multi_branch_loss
-from zoo import Batch, Stage, System, check_options, option
+from zoo import Batch, CheckedOptions, Stage, System, option
 
 SMALLEST_SIDE = 15  # the edge branch pools 7 x 7 after a stride of two
 BRANCH_HALO = 3  # rows beside a row that a branch looks at: three 3x3 convolutions in the cross-modal branch
@@ -294,7 +294,7 @@ class MLFuse(nn.Module):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CheckedOptions):
     """Training options of MLFuse; the defaults are those of the published code."""
 
     epochs: int = option(501, "epochs of its one stage", above=0)
@@ -302,9 +302,6 @@ class Options:
     attention_weight: float = option(3.0, "weight of the attention loss", low=0)
     cross_weight: float = option(0.5, "weight of the cross-modal loss", low=0)
     fusion_weight: float = option(1.0, "weight of the fusion loss", low=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 class MLFuseSystem(System, nn.Module):

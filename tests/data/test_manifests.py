@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import write_pair
 from tools import make_manifest as tool
-from utils.common import InputError
+from utils.common import InputError, write_json
 from utils.data.manifests import (
     FOLDER,
     grey_hash,
@@ -22,7 +22,6 @@ from utils.data.manifests import (
     pair_hash,
     read_manifests,
     verify,
-    write_manifest,
 )
 
 PUBLISHED = {"TNO": 25, "RoadScene": 50, "MRI_CT": 21, "MRI_PET": 42, "MRI_SPECT": 73}
@@ -87,7 +86,7 @@ def test_a_manifest_needs_whole_pairs(small_set):
 
 def test_lists_are_found_by_hash(small_set, tmp_path):
     manifest = make_manifest(small_set)
-    write_manifest(tmp_path / "manifests" / "SMALL.json", manifest)
+    write_json(tmp_path / "manifests" / "SMALL.json", manifest)
     assert read_manifests(tmp_path / "manifests") == [manifest]
     assert name_of_list(manifest["images"], tmp_path / "manifests") == "SMALL"
     assert name_of_list("0" * 64, tmp_path / "manifests") is None

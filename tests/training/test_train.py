@@ -173,7 +173,7 @@ def error_of(capsys):
         (["--device", "quantum"], "try --device cpu"),
         (["--resume", "none.pt"], "no file at none.pt"),
         (["--init", "none.pth"], "no file at none.pth"),
-        (["--stage1-epochs", "0", "--stage2-epochs", "0"], "both 0"),
+        (["--stage1-epochs", "0", "--stage2-epochs", "0"], "no epoch"),
         (["--max-minutes", "-1"], "from 0 to"),
         (["--ema", "1"], "--ema must be less than 1"),
         (["--epoch-batches", "9" * 40], "--epoch-batches must be at most 1000000"),

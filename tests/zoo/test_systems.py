@@ -148,7 +148,9 @@ def test_fuse_script_leaves_colour_to_a_system_that_takes_it(folder, tmp_path, c
     np.testing.assert_array_equal(written, np.broadcast_to(to_uint8(fused).reshape(43, 51, -1), written.shape))
 
 
-@pytest.mark.parametrize(("options", "said"), [(["-1"], "--degrade -1"), (["1", "--colour"], "leave one of them out")])
+@pytest.mark.parametrize(
+    ("options", "said"), [(["-1"], "--degrade: must be"), (["1", "--colour"], "leave one of them out")]
+)
 def test_degradation_that_makes_no_sense_is_refused(folder, tmp_path, capsys, options, said):
     assert table(folder, tmp_path, "--degrade", *options, "--weights", folder / "cdd.pth") == 2
     assert said in capsys.readouterr().err

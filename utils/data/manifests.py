@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.common import ROOT, InputError, file_sha256, listed, write_text
+from utils.common import ROOT, InputError, file_sha256, listed
 from utils.data.images import read_grey
 from utils.data.pairs import find_modalities, images_in, list_pairs
 
@@ -65,10 +65,6 @@ def make_manifest(folder: Path) -> dict[str, Any]:
         for name, path, image in zip(names, (pair.vis, pair.ir), images, strict=True):
             files[name][path.name] = {"sha256": file_sha256(path), "grey": grey_hash(image)}
     return {"set": folder.resolve().name, "pairs": len(pairs), "images": list_hash(pairs), "files": files}
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifests(folder: Path = FOLDER) -> list[dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.common import InputError, write_csv, write_text
+from utils.common import InputError, write_csv, write_json
 from utils.metrics import PAPER_TABLE, TWELVE
 
 SEPARATOR = "=" * 80
@@ -42,8 +41,7 @@ class ScoreSheet:
         # JSON has neither NaN nor infinity: a metric without a finite value is null.
         mean = {metric: value if math.isfinite(value) else None for metric, value in self.mean().items()}
         content = {"mean": mean, "excluded": self.excluded(), "pairs": len(self.images), **facts}
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(folder / "metrics.json", text + "\n")
+        write_json(folder / "metrics.json", content)
 
     def _metrics(self) -> list[str]:
         return list(next(iter(self.images.values()), {}))

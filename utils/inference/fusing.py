@@ -334,7 +334,7 @@ def find_weights(system: type, task: str, given: Path | str | None = None) -> li
         return system.bundled_weights(task)
     if str(given) != PUBLISHED or Path(given).is_file():
         return [Path(given)]
-    names = getattr(system, "published", {}).get(task)
+    names = system.published.get(task)
     if not names:
         raise InputError(f"where the published weights of {system.label} lie is not recorded; name a file of them")
     paths = [in_checkout(PUBLISHED, "models", name) for name in names]
@@ -343,35 +343,6 @@ def find_weights(system: type, task: str, given: Path | str | None = None) -> li
         clone = f"git clone --depth 1 {PUBLISHED_REPOSITORY} {in_checkout(PUBLISHED)}"
         raise InputError(f"no published weights at {absent}; run `{clone}`")
     return paths
-
-
-def load_system(
-    system: type, weights: Path, fusing: str, skip: str | None, device: torch.device | str
-) -> tuple[Any, str]:
-    """A system with its weights, in evaluation mode, and what its decoder is to be given.
-
-    Args:
-        system: a class of the zoo.
-        weights: a file in the system's published format.
-        fusing: the task, "ivf" or "mif".
-        skip: one of `system.skips`, or None for the one that suits weights and task.
-        device: where to run.
-
-    Raises:
-        FileNotFoundError, InputError: as the system's `load_published`; or an unknown skip.
-    """
-    use_full_float32()
-    model = system().to(device).eval()
-    about = model.load_published(weights)
-    # Published files say nothing about themselves; their names do.
-    trained_for = about.get("task") or ("mif" if "MIF" in weights.stem.upper() else "ivf")
-    trained_with = about.get("decoder_image", "auto")  # an option of the training, where the system has it
-    skip = skip or (model.default_skip(trained_for, fusing) if trained_with == "auto" else trained_with)
-    if (trained_for, fusing) == ("mif", "ivf"):  # the other way round is a row of the published tables
-        print(f"note: {weights} are for medical images; infrared and visible ones need others", file=sys.stderr)
-    if skip not in model.skips:
-        raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
-    return model, skip
 
 
 class Fuser(nn.Module):
@@ -386,11 +357,13 @@ class Fuser(nn.Module):
         weights: the file it has its weights from.
         skip: what its decoder is given.
         normalised: whether each fused image is normalised to the full range, as the test scripts do, or clipped.
+        sha256: of the file of weights, when it was read.
     """
 
-    def __init__(self, system: nn.Module, weights: Path, skip: str, normalised: bool = True) -> None:
+    def __init__(self, system: nn.Module, weights: Path, skip: str, normalised: bool = True, sha256: str = "") -> None:
         super().__init__()
         self.system, self.weights, self.skip, self.normalised = system, weights, skip, normalised
+        self.sha256 = sha256
 
     def forward(self, vis: Tensor, ir: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
@@ -401,11 +374,6 @@ class Fuser(nn.Module):
         whole = vis.device.type != "cpu" or self.training or torch.is_grad_enabled() or torch.compiler.is_exporting()
         fused = fuse_in_tiles(self.system, vis, ir, self.skip, Tiles(0 if whole else CPU_TILE_PIXELS))
         return min_max_normalise(fused) if self.normalised else fused.clamp(0, 1)
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Of the file of weights."""
-        return file_sha256(self.weights)
 
     def about(self) -> dict[str, Any]:
         """What a file made with it should say of it."""
@@ -424,18 +392,30 @@ def load_fuser(
     normalised: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Fuser:
-    """A `Fuser` of a system, in evaluation mode.
+    """A system with its weights, in evaluation mode.
 
     Args:
         system: a class of the zoo.
         task: what will be fused, "ivf" or "mif".
         weights: a file in the system's published format, or "published"; by default the one in models/ for the task.
-        skip, normalised: see `Fuser`; by default what suits weights, task and system.
+        skip: one of `system.skips`; by default the one that suits weights and task.
+        normalised: see `Fuser`; by default as the system's published test does.
         device: where to run.
 
     Raises:
-        FileNotFoundError, InputError: as `load_system`; no such task; or no weights of the system are bundled.
+        FileNotFoundError, InputError: as the system's `load_published` and `find_weights`; or an unknown skip.
     """
+    use_full_float32()
     path = find_weights(system, task, weights)[-1]
-    model, skip = load_system(system, path, task, skip, device)
-    return Fuser(model, path, skip, model.is_normalised(normalised)).eval()
+    model = system().to(device).eval()
+    about = model.load_published(path)
+    # Published files say nothing about themselves; their names do.
+    trained_for = about.get("task") or ("mif" if "MIF" in path.stem.upper() else "ivf")
+    trained_with = about.get("decoder_image", "auto")  # an option of the training, where the system has it
+    skip = skip or (model.default_skip(trained_for, task) if trained_with == "auto" else trained_with)
+    if (trained_for, task) == ("mif", "ivf"):  # the other way round is a row of the published tables
+        print(f"note: {path} are for medical images; infrared and visible ones need others", file=sys.stderr)
+    if skip not in model.skips:
+        raise InputError(f"--skip {skip} is unknown to {model.label}; it takes one of: {', '.join(model.skips)}")
+    normalised = model.normalised if normalised is None else normalised
+    return Fuser(model, path, skip, normalised, file_sha256(path)).eval()

@@ -39,10 +39,15 @@ def log(text: str, *, error: bool = False) -> None:
 
 
 class Validation(NamedTuple):
-    """Means over the validation pairs: the stage's loss terms, and the metrics of the table (protocol `paper`)."""
+    """What validation pairs show: means of the stage's loss terms and of the metrics of the table (protocol `paper`).
+
+    The panel has a row for each of the first pairs, uint8 (H, W), or (H, W, 3) where the system takes colour and a pair
+    has some: visible, infrared, features where the system shows them (see `feature_maps`), fused.
+    """
 
     losses: dict[str, float]
     metrics: dict[str, float]
+    panel: np.ndarray
 
 
 @torch.inference_mode()
@@ -52,7 +57,7 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[ValidationPair
     training = model.training
     model.eval()
     skip = stage.skip or model.default_skip(task, task)
-    losses, metrics = [], []
+    losses, metrics, rows = [], [], []
     for number, pair in enumerate(pairs):
         images = (pair.vis, pair.ir, visual_saliency(pair.ir))
         vis, ir, ir_saliency = (to_network(image, device) for image in images)
@@ -60,35 +65,15 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[ValidationPair
         with autocast(device, precision), alone():
             terms = stage.losses(given)
         losses.append({name: value.item() for name, value in terms.items()})
-        fused = fused_levels(model, pair, skip, precision)
+        levels = fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.normalised, precision=precision)
+        fused = to_uint8(levels)
         scores = score(*(grey_of(image) for image in (fused, pair.ir, pair.vis)))
         metrics.append({name: scores[name] for name in PAPER_TABLE})
+        if number < PANEL_PAIRS:
+            features = feature_maps(model, grey_of(pair.vis), pair.ir)
+            rows.append(side_by_side([pair.vis, pair.ir, *features.values(), fused]))
     model.train(training)
-    return Validation(means(losses), means(metrics))
-
-
-def fused_levels(model: Any, pair: ValidationPair, skip: str, precision: str) -> np.ndarray:
-    return to_uint8(fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.normalised, precision=precision))
-
-
-@torch.inference_mode()
-def draw_panel(
-    model: Any, task: str, pairs: Sequence[ValidationPair], precision: str = "float32", *, skip: str = ""
-) -> np.ndarray:
-    """A row a pair: visible, infrared, what the system shows of its features, fused; uint8 (H, W), or (H, W, 3) where
-    the system takes colour and a pair has some.
-
-    Feature maps are the mean magnitude over channels, each normalised to the full range. `skip` as in `Stage`.
-    """
-    training = model.training
-    model.eval()
-    skip = skip or model.default_skip(task, task)
-    rows = []
-    for pair in pairs[:PANEL_PAIRS]:
-        shown = [pair.vis, pair.ir, *feature_maps(model, pair.vis, pair.ir).values()]
-        rows.append(side_by_side([*shown, fused_levels(model, pair, skip, precision)]))
-    model.train(training)
-    return one_below_another(rows)
+    return Validation(means(losses), means(metrics), one_below_another(rows))
 
 
 def open_curves(folder: Path, step: int) -> Any:

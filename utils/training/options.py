@@ -17,7 +17,7 @@ LIMITS = {"above": ("more than", operator.gt), "low": ("at least", operator.ge),
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), **limits: float) -> Any:
-    """A field of an options dataclass: default, explanation, and what `check_options` allows.
+    """A field of an options dataclass: default, explanation, and what it may be.
 
     Args:
         limits: `above`, `low`, `below`, `most`; numbers are at most `LARGEST` where nothing else is said.
@@ -27,23 +27,26 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), **limits: 
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
 
 
-def check_options(options: Any) -> None:
-    """Checks every field of an options dataclass against what its `option` allows.
+@dataclass(frozen=True)
+class CheckedOptions:
+    """A base of dataclasses whose fields are made by `option`, and checked whenever an object is made.
 
     Raises:
         InputError: one line with all that is wrong, under the names of the command line.
     """
-    problems = []
-    for item in dataclasses.fields(options):
-        value, rule = getattr(options, item.name), item.metadata
-        wrong = [f"{words} {rule[key]}" for key, (words, holds) in LIMITS.items()
-                 if key in rule and not holds(value, rule[key])]  # fmt: skip
-        if rule["choices"] and value not in rule["choices"]:
-            wrong = [f"one of {', '.join(rule['choices'])}"]
-        if wrong:
-            problems.append(f"--{item.name.replace('_', '-')} must be {wrong[0]}, got {str(value)[:20]}")
-    if problems:
-        raise InputError("; ".join(problems))
+
+    def __post_init__(self) -> None:
+        problems = []
+        for item in dataclasses.fields(self):
+            value, rule = getattr(self, item.name), item.metadata
+            wrong = [f"{words} {rule[key]}" for key, (words, holds) in LIMITS.items()
+                     if key in rule and not holds(value, rule[key])]  # fmt: skip
+            if rule["choices"] and value not in rule["choices"]:
+                wrong = [f"one of {', '.join(rule['choices'])}"]
+            if wrong:
+                problems.append(f"--{item.name.replace('_', '-')} must be {wrong[0]}, got {str(value)[:20]}")
+        if problems:
+            raise InputError("; ".join(problems))
 
 
 def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> None:
@@ -64,7 +67,7 @@ def take_options(args: argparse.Namespace, options: type) -> Any:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CheckedOptions):
     """Options of the training loop; the defaults are those of the published code of CDDFuse."""
 
     batch_size: int = option(8, "patches a step", above=0, most=2**16)
@@ -93,6 +96,3 @@ class Options:
                             "instructions for it, else float32", choices=("auto", *PRECISIONS))  # fmt: skip
     seed: int = option(0, "of the first weights and of the order, crops and flips of the patches", low=0,
                       most=2**32 - 1)  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_options(self)

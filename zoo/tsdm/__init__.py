@@ -27,7 +27,7 @@ from utils.common import InputError
 from utils.data.degradation import INFRARED, VISIBLE, degrade_pair, unsharp_mask
 from utils.inference.checkpoint import load_one_of, save_checkpoint
 from utils.training.distributed import is_first
-from zoo import Batch, Pass, Stage, System, check_options, option
+from zoo import Batch, CheckedOptions, Pass, Stage, System, option
 from zoo.tsdm.losses import (
     Content,
     charbonnier_loss,
@@ -51,7 +51,7 @@ class Lesson(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CheckedOptions):
     """Training options of TSDM-Fusion; the defaults are those of the published code, without its slips."""
 
     stage: str = option("teacher", "which network to train; the student learns from the teacher given by --init",
@@ -73,10 +73,7 @@ class Options:
                           "helping the discriminator, targets may leave [0, 1], see also Ranges.legacy")  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_options(self)
-        epochs = self.teacher_epochs if self.stage == "teacher" else self.student_epochs + self.adversarial_epochs
-        if not epochs:
-            raise InputError(f"--stage {self.stage} has no epoch to train; see --help for the options in epochs")
+        super().__post_init__()
         VISIBLE.changed(self.degrade_vis), INFRARED.changed(self.degrade_ir)
 
 
