@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace, system: type) -> int:
     started = time.monotonic()
     device = pick_device(args.device)
-    keep_freed_memory()
+    keep_freed_memory(None)
     with process_group(device), contextlib.ExitStack() as held:
         if args.recipe != PUBLISHED and PUBLISHED in system.recipes and is_first():
             log(f"recipe {args.recipe}; the published one: --recipe {PUBLISHED}")

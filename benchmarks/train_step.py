@@ -55,7 +55,7 @@ def time_steps(args: argparse.Namespace) -> int:
     args.device = pick_device(args.device)
     peaks = {way: in_process(peak_memory, way, args) for way in WAYS} if args.memory else {}
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    keep_freed_memory(None)
     report = {"benchmark": "train_step", "size": args.size, "batch_size": args.batch_size, "compile": args.compile,
               "ways": {}, **about(args.load, args.device)}  # fmt: skip
     products = {name: matrix_product(args.device, getattr(torch, name)) for name in ("float32", "bfloat16")}

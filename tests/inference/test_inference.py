@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from utils.common import InputError
+from utils.common import ROOT, InputError
 from utils.inference import fusing
 from utils.inference.fusing import Fuser, fuse_arrays, load_fuser, min_max_normalise, pick_device, to_levels, to_network
 from zoo import SYSTEMS, find_system
@@ -114,3 +116,15 @@ def test_a_fuser_refuses_what_is_not_in_its_range(model, bad):
         for pair, name in (((bad, good), "vis"), ((good, bad), "ir")):
             with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\]"):
                 fuser(*pair)
+
+
+@pytest.mark.parametrize("most", ["", "None"])
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without huge pages")
+def test_heap_of_scripts_is_in_huge_pages(most):
+    code = (
+        f"from utils.inference.fusing import keep_freed_memory; keep_freed_memory({most})\n"
+        "parts = open('/proc/self/smaps').read().split('VmFlags:')\n"
+        "print(any('[heap]' in part and ' hg' in after.split('\\n')[0] for part, after in zip(parts, parts[1:])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
