@@ -118,9 +118,8 @@ def keep_freed_memory(most: int | None = 2**30) -> None:
     """Has the C library keep the memory that a step or an image frees, in huge pages. For scripts.
 
     glibc gives large blocks back to the system at once and gets fresh, zeroed pages for the next: on the CPU that
-    was measured to take up to a third of a training step. And with pages of 2 MB in place of 4 kB the processor looks
-    up fewer addresses: another third (benchmarks/RESULTS.md). Elsewhere, and where the system has no such pages, this
-    does nothing.
+    was measured to take up to a third of a training step. With pages of 2 MB in place of 4 kB the processor looks up
+    fewer addresses: a tenth of a step, and more on a slow machine (benchmarks/RESULTS.md). Elsewhere this does nothing.
 
     Args:
         most: bytes; None: whatever was freed.
