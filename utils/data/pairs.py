@@ -33,6 +33,7 @@ LAYOUTS = (
     ("mif", ("mri",), ("ct", "pet", "spect")),
     ("", ("img1",), ("img2",)),
 )
+ONE_SIZE = "a pair must be aligned and of one size: resize or crop one of the two files"  # advice
 PARTS = ("train", "test")  # folders that may lie above or below those two
 # Tried for a proposal, the most natural first: the last number of a name, and the first.
 _PROPOSED = ("stem", "number", "([0-9]+)[^0-9]*$", "^[^0-9]*([0-9]+)")
@@ -58,17 +59,10 @@ class Pair(NamedTuple):
         """
         vis = (read_vis or read_grey)(self.vis, self.vis_reading)
         ir = (read_ir or read_grey)(self.ir, self.ir_reading)
-        self.check_sizes(vis, ir)
-        return vis, ir
-
-    def check_sizes(self, vis: np.ndarray, ir: np.ndarray) -> None:
-        """Raises InputError where the two images, (H, W) or (H, W, 3), are of two sizes."""
         if vis.shape[:2] != ir.shape[:2]:
             sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (vis, ir)]
-            raise InputError(
-                f"{self.vis} is {sizes[0]} but {self.ir} is {sizes[1]} (width x height); "
-                "a pair must be aligned and of one size: resize or crop one of the two files"
-            )
+            raise InputError(f"{self.vis} is {sizes[0]} but {self.ir} is {sizes[1]} (width x height); {ONE_SIZE}")
+        return vis, ir
 
 
 class PairList(NamedTuple):

@@ -35,6 +35,7 @@ from utils.data.degradation import degrade_pair
 from utils.data.images import luma_of, read_grey, with_colour_of, write_image
 from utils.data.manifests import SHOWN, list_hash, pair_hash
 from utils.data.pairs import (
+    ONE_SIZE,
     Pair,
     PairList,
     add_pair_option,
@@ -47,6 +48,7 @@ from utils.data.pairs import (
     set_name,
 )
 from utils.data.readers import add_reading_options
+from utils.data.registration import register
 from utils.data.sources import Source, read_sources
 from utils.evaluation.folders import BASELINES, baseline_labels
 from utils.evaluation.scores import PUBLISHED_COLUMNS, ScoreSheet, choose_columns, format_excluded, format_table
@@ -294,7 +296,9 @@ def fuse_set(fuser: Fuser, label: str, test_set: TestSet, folder: Path, args: ar
     """Fuses the pairs of a set into PNG files and scores the files as written. A bad pair is named and left out."""
     images: dict[str, dict[str, float]] = {}
     hashes: list[str] = []
-    for number, pair in enumerate(progress(test_set.found.pairs, f"{test_set.name}, {folder.parent.name}", "pair")):
+    for number, pair in enumerate(
+        progress(test_set.found.pairs, f"{test_set.name}, {results_name(fuser.weights)}", "pair")
+    ):
         path, fate = folder / f"{pair.name}.png", "left out"
         try:
             given = read_pair(pair, fuser.system.takes_colour, None if args.degrade is None else (args.degrade, number))
@@ -327,12 +331,11 @@ def read_pair(pair: Pair, colour: bool, degrade: tuple[int, int] | None) -> Give
             wanted, so that all systems are given the same scene.
     """
     vis, ir = read_sources(pair)
-    pair.check_sizes(vis.grey, ir.grey)
+    ir = register(vis, ir, advice=ONE_SIZE)
     if not degrade:
         return Given(vis, ir, vis.shown if colour else vis.grey, ir.grey)
-    bad_vis, bad_ir = (
-        255 * image for image in degrade_pair(vis.shown / np.float32(255), ir.grey / np.float32(255), degrade)
-    )
+    bad = degrade_pair(vis.shown / np.float32(255), ir.grey / np.float32(255), degrade)
+    bad_vis, bad_ir = (255 * image for image in bad)
     if bad_vis.ndim == 3 and not colour:
         bad_vis = np.round(luma_of(bad_vis))
     return Given(vis, ir, bad_vis, bad_ir)

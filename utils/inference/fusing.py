@@ -128,8 +128,12 @@ def keep_freed_memory(most: int | None = 2**30) -> None:
     size = min(free_memory() or 0, 2**36) if most is None else most - 2**22  # or else it would be given back
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, -1 if most is None else most)
-        libc.mallopt(*((mmap_max, 0) if most is None else (mmap_threshold, most)))
+        if most is None:
+            libc.mallopt(trim_threshold, -1)  # never
+            libc.mallopt(mmap_max, 0)
+        else:
+            libc.mallopt(trim_threshold, most)
+            libc.mallopt(mmap_threshold, most)
         # A block of that size takes no memory until it is written to. What comes to lie there later is in huge pages.
         libc.malloc.restype = ctypes.c_void_p
         block = libc.malloc(ctypes.c_size_t(size))
