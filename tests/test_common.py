@@ -35,6 +35,18 @@ def test_unknown_option_is_one_line(main, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("--help lists the options\n")
 
 
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (RuntimeError("first\nsecond"), "first"),
+        (ValueError(), "ValueError"),
+        (MemoryError(), "there is not enough memory"),
+    ],
+)
+def test_reason_of_an_error_is_one_line(error, line):
+    assert common.reason_of(error) == line
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_debug_stands_before_or_after_a_sub_command(place):
     argv = ["shrink", "--data", "none", "--out", "none"]

@@ -281,7 +281,9 @@ def benchmark_root() -> Path:
 
 
 def reason_of(error: Exception) -> str:
-    return str(error) or "there is not enough memory"
+    """What an error says, in one line; its kind where it says nothing."""
+    silent = "there is not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+    return (str(error).strip() or silent).splitlines()[0]
 
 
 def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = "left out") -> None:
@@ -290,7 +292,7 @@ def left_out(name: str, error: Exception, args: argparse.Namespace, fate: str = 
         raise error
     from tqdm import tqdm  # here, as in `progress`
 
-    tqdm.write(f"warning: {name}: {reason_of(error).splitlines()[0]}; {fate}", file=sys.stderr)
+    tqdm.write(f"warning: {name}: {reason_of(error)}; {fate}", file=sys.stderr)
 
 
 def free_memory() -> int | None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.common import InputError, whole_file
+from utils.common import InputError, reason_of, whole_file
 from utils.data.images import grey_of
 from utils.data.manifests import SHOWN, list_hash, pair_hash
 from utils.metrics import SMALLEST_SCORED
@@ -188,9 +188,9 @@ class PatchDataset:
                 self.validation = [_read_validation(pairs, key, colour) for key in sorted(pairs)]
             _check(vis, ir, saliency)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError) as error:
-            reason = str(error) or type(error).__name__
             raise InputError(
-                f"{path} is not a readable patch file ({reason}); make it again with `python dataprocessing.py`"
+                f"{path} is not a readable patch file ({reason_of(error)}); "
+                "make it again with `python dataprocessing.py`"
             ) from error
         if vis.ndim == 4 and not colour:
             vis = np.stack([grey_of(patch).astype(np.uint8) for patch in vis])

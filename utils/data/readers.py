@@ -22,7 +22,7 @@ from PIL import Image
 from tifffile import TiffFile
 from tqdm import tqdm
 
-from utils.common import InputError, free_memory, remember_source, resident_memory
+from utils.common import InputError, free_memory, reason_of, remember_source, resident_memory
 
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .dib .tif .tiff .pbm .pgm .ppm .webp .gif .dcm .nii .nii.gz".split())
 
@@ -189,9 +189,8 @@ def _open(path: Path, reading: Reading) -> Values:
     except ImportError as error:
         raise InputError(f"{path} needs a package that is not installed: pip install {error.name}") from error
     except Exception as error:  # whatever a damaged file leads a library to
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise InputError(
-            f"{path} is not an image that can be read ({reason}); replace it, convert it, or remove it"
+            f"{path} is not an image that can be read ({reason_of(error)[:200]}); replace it, convert it, or remove it"
         ) from error
 
 

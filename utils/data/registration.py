@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.common import InputError, remember_source
+from utils.common import InputError, reason_of, remember_source
 from utils.data.sources import Source
 
 TOLERANCE = 2.0  # pixels
@@ -152,7 +152,7 @@ def read_homography(path: Path | str) -> np.ndarray:
                       for row in path.read_text().splitlines() if row.strip()]  # fmt: skip
         matrix = np.asarray(matrix, np.float64)
     except (ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path} is not a homography ({str(error).splitlines()[0]}); {_WANTED}") from error
+        raise InputError(f"{path} is not a homography ({reason_of(error)}); {_WANTED}") from error
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise InputError(f"{path} holds an array of shape {matrix.shape}, or numbers that are not finite; {_WANTED}")
     if abs(np.linalg.det(matrix)) < 1e-12:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.common import InputError, progress
+from utils.common import InputError, progress, reason_of
 from utils.data.labels import IGNORE, Boxes
 
 TASKS = ("segment", "detect")
@@ -74,9 +74,8 @@ def needed(module: str) -> ModuleType:
                 torch.library.define(f"torchvision::{name}", schema)
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{module} cannot be imported ({reason}); pip install -r requirements-downstream.txt"
+            f"{module} cannot be imported ({reason_of(error)}); pip install -r requirements-downstream.txt"
         ) from error
 
 
@@ -130,7 +129,7 @@ def build(recipe: Recipe, channels: int) -> nn.Module:
     except Exception as error:  # unknown names, no internet: each library has its own kinds
         names = f"--network {recipe.network} --backbone {recipe.backbone} --backbone-weights {recipe.weights}"
         advice = "; without internet: --backbone-weights none, or a file" if fetched else ""
-        raise InputError(f"{names}: {(str(error) or type(error).__name__).splitlines()[0]}{advice}") from error
+        raise InputError(f"{names}: {reason_of(error)}{advice}") from error
     if weights:
         load_encoder(encoder, weights)
     widen(net, channels)

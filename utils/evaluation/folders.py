@@ -152,7 +152,7 @@ def _score_pair(
         grey = pair.read()
         colour = [read_colour(path) for path in (pair.vis, pair.ir)] if "vifb" in protocols else []
     except BAD_PAIR as error:
-        result.problems.append(f"{pair.name}: {reason_of(error).splitlines()[0]}; left out for every method")
+        result.problems.append(f"{pair.name}: {reason_of(error)}; left out for every method")
         return result
     result.hash = pair_hash(*grey)
     result.too_small_for = [key for key in wanted if min(grey[0].shape) < METRICS[key].min_side]
@@ -179,7 +179,7 @@ def _score_pair(
                 values = score(image, ir, vis, protocol, metrics)
                 result.scores[method, protocol] = {key: values.get(key, float("nan")) for key in wanted}
         except BAD_PAIR as error:
-            result.problems.append(f"{method}, {pair.name}: {reason_of(error).splitlines()[0]}; left out")
+            result.problems.append(f"{method}, {pair.name}: {reason_of(error)}; left out")
     return result
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.common import InputError, listed, whole_file
+from utils.common import InputError, listed, reason_of, whole_file
 from utils.inference.unpickle import load_data
 
 ABOUT = "about"
@@ -144,7 +144,7 @@ def save_file(path: Path | str, content: dict[str, Any]) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # what torch raises when the disk is full
-            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); is the disk full?") from error
+            raise OSError(f"{path} could not be written ({reason_of(error)}); is the disk full?") from error
 
 
 def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -178,7 +178,7 @@ def read_file(path: Path | str, map_location: str | torch.device = "cpu") -> dic
                 "torch.save where it was made"
             ) from error
         except Exception as error:  # a reader of damaged bytes may stumble over anything
-            reason = "it is empty" if not start else str(error).partition("\n")[0][:60] or type(error).__name__
+            reason = "it is empty" if not start else reason_of(error)[:60]
             raise InputError(
                 f"{path} is not a PyTorch checkpoint, or damaged ({reason}); copy it again, or name another file"
             ) from error

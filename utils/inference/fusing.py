@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.common import InputError, file_sha256, free_memory, in_checkout, resident_memory
+from utils.common import InputError, file_sha256, free_memory, in_checkout, reason_of, resident_memory
 from utils.data.images import with_colour_of
 from utils.data.sources import Source
 from utils.inference.memory import (
@@ -67,8 +67,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = local_device(torch.device(name))  # first: a process that asks another's GPU takes memory there
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+        raise InputError(f"--device {name} cannot be used here ({reason_of(error)}); try --device cpu") from error
     return device
 
 
