@@ -425,11 +425,6 @@ class CDDFuse(nn.Module):
         """The same as `fuse`, so that the system may be wrapped: DataParallel, torch.compile."""
         return self.fuse(vis, ir, skip)
 
-    def reconstruct(self, image: Tensor) -> Tensor:
-        """Encodes and decodes one image, (B, 1, H, W) in [0, 1]; the decoder is given it, too, as published."""
-        base, detail, _ = self.encoder(image)
-        return self.decoder(image, base, detail)[0]
-
     def fuse(self, vis: Tensor, ir: Tensor, skip: str = "vis") -> Tensor:
         """Fuses two aligned images of one size: (B, 1, H, W) in [0, 1] each -> the same shape and range.
 

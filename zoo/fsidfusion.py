@@ -35,9 +35,7 @@ class PairFeatures(NamedTuple):
     detail_ir: Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The network
-# ---------------------------------------------------------------------------------------------------------
+# --- The network --------------------------------------------------------------------------------------------
 
 
 class UnusedConv(nn.Module):
@@ -135,9 +133,7 @@ class PairEncoder(nn.Module):
         return PairFeatures(shared, self.detailFeature_vis(shallow_vis), self.detailFeature_ir(shallow_ir))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The system
-# ---------------------------------------------------------------------------------------------------------
+# --- The system ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,10 +180,6 @@ class FSIDFusion(System, nn.Module):
         net.check_sources(vis, ir)
         return self.encoder(vis, ir)
 
-    def reconstruct(self, vis: Tensor, ir: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes two images and decodes each from the shared and its own detail feature: shapes as given."""
-        return self.decode_sources(vis, ir, self.encode(vis, ir))
-
     def fuse(self, vis: Tensor, ir: Tensor, skip: str = "vis") -> Tensor:
         """Fuses two aligned images of one size: (B, 1, H, W) in [0, 1] each -> the same shape and range.
 
@@ -203,7 +195,7 @@ class FSIDFusion(System, nn.Module):
         return self.decode_fused(vis, ir, self.encode(vis, ir), skip)
 
     def decode_sources(self, vis: Tensor, ir: Tensor, features: PairFeatures) -> tuple[Tensor, Tensor]:
-        """The second half of `reconstruct`."""
+        """Both images again, each from the shared and its own detail feature: shapes as given."""
         shared, detail = torch.cat([features.shared] * 2), torch.cat([features.detail_vis, features.detail_ir])
         vis_rebuilt, ir_rebuilt = self.decoder(torch.cat([vis, ir]), shared, detail)[0].chunk(2)
         return vis_rebuilt, ir_rebuilt

@@ -24,6 +24,7 @@ of the pooled features: 16 x H/6 x W numbers after they were resized to W.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,29 +75,12 @@ def input_rows(convolution: nn.Module, image: Tensor, in_tiles: bool) -> Rows:
     return rows
 
 
-class DoubleConv(nn.Module):
+def double_conv(*channels: int) -> nn.Sequential:
     """3x3 convolutions, each with batch norm and ReLU: (B, channels[0], H, W) -> (B, channels[-1], H, W)."""
-
-    def __init__(self, *channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for wide, narrow in zip(channels[:-1], channels[1:], strict=True):
-            layers += [nn.Conv2d(wide, narrow, 3, padding=1), nn.BatchNorm2d(narrow), nn.ReLU()]
-        self.double_conv = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.double_conv(x)
-
-
-class OutputConv(nn.Module):
-    """1x1 convolution to one channel, (B, 16, H, W) -> (B, 1, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    layers: list[nn.Module] = []
+    for wide, narrow in zip(channels[:-1], channels[1:], strict=True):
+        layers += [nn.Conv2d(wide, narrow, 3, padding=1), nn.BatchNorm2d(narrow), nn.ReLU()]
+    return nn.Sequential(OrderedDict(double_conv=nn.Sequential(*layers)))
 
 
 class CrossModalBranch(nn.Module):
@@ -245,12 +229,12 @@ class MLFuse(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inc_edg = DoubleConv(1, 32)
-        self.inc_ssd = DoubleConv(1, 32)
-        self.inc_cmk_1 = DoubleConv(1, 32)
-        self.inc_cmk_2 = DoubleConv(1, 32)
-        self.layer = DoubleConv(96, 48, 16)
-        self.outc = OutputConv(16)
+        self.inc_edg = double_conv(1, 32)
+        self.inc_ssd = double_conv(1, 32)
+        self.inc_cmk_1 = double_conv(1, 32)
+        self.inc_cmk_2 = double_conv(1, 32)
+        self.layer = double_conv(96, 48, 16)
+        self.outc = nn.Sequential(OrderedDict(conv=nn.Conv2d(16, 1, 1)))
         self.cmk_net = CrossModalBranch()
         self.edg_net = EdgeBranch()
         self.ssd_net = AttentionBranch()

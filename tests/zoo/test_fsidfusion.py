@@ -62,7 +62,7 @@ def outputs(model: FSIDFusion) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         features = model.encode(vis, ir)
         fused_detail = model.specific_fusion(features.detail_vis + features.detail_ir)
-        vis_rebuilt, ir_rebuilt = model.reconstruct(vis, ir)
+        vis_rebuilt, ir_rebuilt = model.decode_sources(vis, ir, features)
         return {
             "shared": features.shared,
             "detail vis": features.detail_vis,
@@ -170,9 +170,7 @@ def test_bfloat16_stays_near_float32(model):
     assert (autocast - wanted).abs().mean() < 0.5 / 255
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------------------
 
 
 def assert_same(a: nn.Module, b: nn.Module, atol: float = 0) -> None:
@@ -230,9 +228,7 @@ def test_weights_beyond_half_precision_are_refused_and_nothing_is_written(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------------------
 
 
 def test_one_patch_a_batch_cannot_be_trained_and_the_class_says_so():

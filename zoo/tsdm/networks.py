@@ -6,6 +6,7 @@ Attribute names are the keys of published checkpoints. Shapes: B batch, H and W 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise, product
 
 import torch
@@ -40,9 +41,7 @@ class Teacher(nn.Module):
         return self.decoder(torch.cat([self.encoder_a(ir), self.encoder_b(vis)], dim=1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The student: a Swin transformer (Liu et al., ICCV 2021) as SwinIR (Liang et al., ICCVW 2021) uses it
-# ---------------------------------------------------------------------------------------------------------
+# --- The student: a Swin transformer (Liu et al., ICCV 2021) as SwinIR (Liang et al., ICCVW 2021) uses it ---
 
 
 class WindowAttention(nn.Module):
@@ -87,16 +86,6 @@ class WindowAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).view(qkv.shape[1:])
 
 
-class Mlp(nn.Module):
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class SwinBlock(nn.Module):
     """Window attention and an MLP, each on a residual path: (B, H, W, C) -> the same.
 
@@ -112,7 +101,8 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = Mlp(channels, 2 * channels)
+        wide, narrow = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+        self.mlp = nn.Sequential(OrderedDict(fc1=wide, act=nn.GELU(), fc2=narrow))
 
     def forward(self, x: Tensor, positions: Tensor, masks: Tensor) -> Tensor:
         shift, y = self.shift, self.norm1(x)
@@ -217,9 +207,7 @@ def seam_masks() -> Tensor:
     return masks
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The discriminator
-# ---------------------------------------------------------------------------------------------------------
+# --- The discriminator --------------------------------------------------------------------------------------
 
 
 class Discriminator(nn.Module):
