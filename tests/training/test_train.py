@@ -141,10 +141,6 @@ def test_init_starts_from_given_weights(patch_file, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "b")[key], value, rtol=0, atol=1e-7)  # two steps of 1e-9
 
 
-def test_bfloat16_trains(patch_file, tmp_path):
-    assert run(patch_file, tmp_path / "run", "--precision", "bfloat16") == 0
-
-
 @pytest.mark.parametrize(("has_it", "wanted"), [(True, "bfloat16"), (False, "float32")])
 def test_automatic_precision_is_recorded_as_what_it_came_to(has_it, wanted, patch_file, tmp_path, monkeypatch):
     monkeypatch.setattr(fusing, "has_bfloat16", lambda device: has_it)

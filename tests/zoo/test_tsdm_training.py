@@ -33,9 +33,7 @@ from zoo.tsdm.losses import (
 )
 from zoo.tsdm.networks import Student, Teacher
 
-# ---------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------
+# --- Losses -------------------------------------------------------------------------------------------------
 
 
 def teacher_terms(options: Options) -> dict[str, Tensor]:
@@ -142,9 +140,7 @@ def test_content_is_the_difference_of_vgg_features(tmp_path, monkeypatch):
         Content(tmp_path / "none.pth")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Stages
-# ---------------------------------------------------------------------------------------------------------
+# --- Stages -------------------------------------------------------------------------------------------------
 
 
 def colour_batch(size: int = 16, count: int = 2) -> Batch:
@@ -378,7 +374,7 @@ def test_resumed_adversarial_run_repeats_the_straight_one_bit_for_bit(tmp_path):
     step(stopped, *batches[:2])
     run_state.save_state(stopped)
     resumed = adversarial_run(tmp_path)
-    run_state.resume(resumed, force=False)
+    run_state.resume(resumed, "auto")
     step(resumed, *batches[2:])
     assert not changed(resumed.model, state(straight.model))
 
@@ -407,9 +403,7 @@ def test_validation_pair_has_losses_in_every_stage(size):
         assert all(value.isfinite() for value in terms.values())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The extension of Stage, for any system
-# ---------------------------------------------------------------------------------------------------------
+# --- The extension of Stage, for any system -----------------------------------------------------------------
 
 
 def test_stage_without_passes_is_one_update_over_all_its_networks():

@@ -19,7 +19,6 @@ from torch.distributed.nn.functional import all_reduce
 from utils.common import InputError
 
 T = TypeVar("T")
-_alone = False
 
 
 def ranks() -> int:
@@ -87,19 +86,9 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Within this block `mean_over_ranks` asks no other process: for what one of them does while the others wait."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
-
-
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, through which gradients flow to all of them."""
+    """The mean of a tensor over all processes, through which gradients flow to all of them; without gradients the
+    tensor as it is, since one process validates while the others wait."""
     # What is minimised is the mean of the totals of all processes, and gradients of parameters are averaged over
     # them too; so the derivative of a mean is, like the mean itself, a mean over the processes.
-    return value if ranks() == 1 or _alone else all_reduce(value) / ranks()
+    return value if ranks() == 1 or not torch.is_grad_enabled() else all_reduce(value) / ranks()

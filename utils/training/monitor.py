@@ -18,7 +18,6 @@ from utils.data.saliency import visual_saliency
 from utils.evaluation.scores import means
 from utils.inference.fusing import autocast, feature_maps, fuse_arrays, to_network
 from utils.metrics import PAPER_TABLE, score
-from utils.training.distributed import alone
 from utils.training.stages import Stage
 
 PANEL_PAIRS = 4
@@ -62,7 +61,7 @@ def validate(model: Any, stage: Stage, task: str, pairs: Sequence[ValidationPair
         images = (pair.vis, pair.ir, visual_saliency(pair.ir))
         vis, ir, ir_saliency = (to_network(image, device) for image in images)
         given = stage.prepare(Batch(vis, ir, ir_saliency=ir_saliency), (0, number))
-        with autocast(device, precision), alone():
+        with autocast(device, precision):
             terms = stage.losses(given)
         losses.append({name: value.item() for name, value in terms.items()})
         levels = fuse_arrays(model, pair.vis, pair.ir, skip, normalise=model.normalised, precision=precision)

@@ -196,13 +196,20 @@ def load_tensors(run: Run, saved: dict[str, Any]) -> None:
     set_random_state(saved["random"], run.device)
 
 
-def resume(run: Run, *, force: bool = False) -> Path | None:
-    """Takes up the newest whole checkpoint of the run's folder; None where there is none.
+def resume(run: Run, wanted: str | None, *, force: bool = False) -> Path | None:
+    """Takes up a run and returns its file; None for a fresh run.
+
+    Args:
+        run: as yet untrained.
+        wanted: a checkpoint; "auto" for the newest whole one of the run's folder, if there is one; None for none.
+        force: although options changed.
 
     Raises:
         InputError: there are checkpoints, and none is whole; or options changed.
     """
-    there = from_first(lambda: [path for path in (run.last, run.previous) if path.exists()])
+    there = [Path(wanted)] if wanted else []
+    if wanted == "auto":
+        there = from_first(lambda: [path for path in (run.last, run.previous) if path.exists()])
     for path in there:
         try:
             load_state(run, path, force=force)
