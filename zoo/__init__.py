@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.common import InputError, in_checkout
+from utils.common import InputError
 from utils.data.patches import Batch
 from utils.inference.checkpoint import load_checkpoint, save_checkpoint
 from utils.metrics import PAPER_TABLE
@@ -101,21 +101,6 @@ class System:
                 terms[name] = loss(batch.vis, batch.ir, fused)
                 terms["total"] = terms["total"] + weight * terms[name]
         return terms
-
-    @classmethod
-    def bundled_weights(cls, task: str) -> list[Path]:
-        """The weight files that come with the project, the task's own last.
-
-        Raises:
-            InputError: no such task, or there are none.
-        """
-        if task not in TASKS:
-            raise InputError(f"no task is called {task!r}; it is one of: {', '.join(TASKS)}")
-        if not cls.weights[task]:
-            raise InputError(
-                f"no weights of {cls.label} for --task {task} come with the project; name a file with --weights"
-            )
-        return [in_checkout("models", name) for name in cls.weights[task]]
 
     @classmethod
     def cost(cls, height: int = 480, width: int = 640) -> tuple[int, int]:

@@ -58,9 +58,7 @@ def same(model: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files that load
-# ---------------------------------------------------------------------------------------------------------
+# --- Files that load ----------------------------------------------------------------------------------------
 
 
 def renamed(content: dict, names: dict[str, str]) -> dict:
@@ -147,9 +145,7 @@ def test_parts_that_fit_are_taken_from_a_file_of_another_system(model, tmp_path)
         load_fitting(saved({"DIDF_Encoder": {"weight": torch.ones(1)}}, tmp_path), other)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files that do not
-# ---------------------------------------------------------------------------------------------------------
+# --- Files that do not --------------------------------------------------------------------------------------
 
 
 def changed(**tensors: Tensor | int | None) -> dict:

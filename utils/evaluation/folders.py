@@ -90,7 +90,8 @@ def evaluate(
         fused = {method: paths[pair.name] for method, paths in files.items() if pair.name in paths}
         return _score_pair(pair, fused, labels, protocols, metrics)
 
-    pool = ThreadPoolExecutor(jobs or processors())  # numpy and OpenCV let go of Python's lock while they work
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(jobs or processors)  # numpy and OpenCV let go of Python's lock while they work
     try:
         results = list(progress(pool.map(score_one, found.pairs), "scores", "pair", len(found.pairs)))
     finally:
@@ -137,11 +138,6 @@ def _match(
         if matched.only_vis:
             notes.append(f"{method}: no sources for {listed(matched.only_vis)}; left out")
     return files, problems, notes
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _score_pair(

@@ -26,7 +26,6 @@ from utils.inference.memory import (
     BoundedMemory,
     Plan,
     format_size,
-    memory_left,
     parse_size,
     plan_memory,
 )
@@ -62,19 +61,14 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     use_full_float32()
     if name == "auto":
-        return local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name += ":" + os.environ["LOCAL_RANK"]
     try:
-        device = local_device(torch.device(name))  # first: a process that asks another's GPU takes memory there
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used here ({reason_of(error)}); try --device cpu") from error
-    return device
-
-
-def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process on its machine, where there are several processes; else the device as it is."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 
@@ -266,7 +260,10 @@ def memory_to_take(device: torch.device, max_memory: int | None) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         free = (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) * 9 // 10
         return min(free, max_memory - torch.cuda.memory_allocated(device)) if max_memory else free
-    return max_memory - resident_memory() if max_memory else memory_left() * 8 // 10
+    if max_memory:
+        return max_memory - resident_memory()
+    free = free_memory()
+    return (4 * 10**9 if free is None else free) * 8 // 10  # a guess that suits any machine where nothing is known
 
 
 def plan_for(model: Any, shape: tuple[int, ...], free: int, precision: str, *, limited: bool = False) -> Plan:
@@ -349,10 +346,16 @@ def find_weights(system: type, task: str, given: Path | str | None = None) -> li
         given: a file; the word "published" for those in published/models/; None for those in models/.
 
     Raises:
-        InputError: there are none of the system, or the published repository has not been cloned.
+        InputError: no such task, there are none of the system, or the published repository has not been cloned.
     """
     if given is None:
-        return system.bundled_weights(task)
+        if task not in system.weights:
+            raise InputError(f"no task is called {task!r}; it is one of: {', '.join(system.weights)}")
+        if not system.weights[task]:
+            raise InputError(
+                f"no weights of {system.label} for --task {task} come with the project; name a file with --weights"
+            )
+        return [in_checkout("models", name) for name in system.weights[task]]
     if str(given) != PUBLISHED or Path(given).is_file():
         return [Path(given)]
     names = system.published.get(task)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.common import InputError, free_memory, resident_memory
+from utils.common import InputError, resident_memory
 from utils.tiles import Memory
 
 # Tiles of so many pixels are fastest: on a CPU because a tile stays in the cache, on a GPU because few are needed.
@@ -60,12 +60,6 @@ def format_size(size: float) -> str:
     '1.54 GB'
     """
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
-
-
-def memory_left() -> int:
-    """As `free_memory`; a guess that suits any machine where the system does not say."""
-    free = free_memory()
-    return 4 * 10**9 if free is None else free
 
 
 @dataclass(frozen=True)
