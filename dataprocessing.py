@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from utils.common import (
     BAD_PAIR,
@@ -31,7 +32,7 @@ from utils.common import (
 from utils.data.degradation import INFRARED, VISIBLE, to_8_bits
 from utils.data.images import luma_of, one_below_another, read_colour, read_luma, side_by_side, write_image
 from utils.data.pairs import Pair, add_pair_option, find_modalities, open_pairs, set_name
-from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast, patch_windows
+from utils.data.patches import LAYOUTS, PatchWriter, is_low_contrast
 from utils.data.readers import add_reading_options
 from utils.data.saliency import visual_saliency
 from utils.inference.memory import parse_size
@@ -87,7 +88,8 @@ def prepare(args: argparse.Namespace) -> int:
     pairs = [pair for found in lists for pair in found.pairs]
     if args.degrade is not None:
         return show_degraded(args, pairs)
-    out = args.out or default_out(folders, args.patch_size, args.stride)
+    names = "+".join(dict.fromkeys(set_name(vis) for vis, _ in folders))
+    out = args.out or Path("data") / f"{names}_imgsize_{args.patch_size}_stride_{args.stride}.h5"
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file whose name ends in .h5")
     check_writable(out.parent)
@@ -118,17 +120,23 @@ def write_patches(
     args: argparse.Namespace, out: Path, about: dict[str, Any], pairs: list[Pair], validation: set[Pair]
 ) -> int:
     """Writes the patch file; a pair that cannot be used is named and left out, and then it returns 2."""
-    still_to_keep = set(validation)  # each once, where a folder is named twice to have its patches twice
+    kept_for_validation = set()  # each once, where a folder is named twice to have its patches twice
     kept = dropped = bad = 0
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
         for pair in progress(pairs, "images", "pair"):
             try:
-                if pair in still_to_keep:
-                    still_to_keep.remove(pair)
-                    writer.add_validation(str(pair.vis), *read_middle(pair, args.holdout_size, args.colour))
-                if pair in validation:
+                if pair in kept_for_validation:
                     continue
-                patches = cut_patches(pair, args.patch_size, args.stride, saliency=args.saliency, colour=args.colour)
+                vis, ir = pair.read(read_colour if args.colour else read_luma, read_luma)
+                if pair in validation:
+                    kept_for_validation.add(pair)
+                    if min(ir.shape) < SMALLEST_SCORED:
+                        raise InputError(
+                            f"{pair.vis} is {ir.shape[1]}x{ir.shape[0]}; a pair to validate on needs {SMALLEST_SCORED}"
+                        )
+                    writer.add_validation(str(pair.vis), *middle_of(vis, ir, args.holdout_size))
+                    continue
+                patches = cut_patches(pair, vis, ir, args.patch_size, args.stride, saliency=args.saliency)
             except BAD_PAIR as error:
                 bad += 1
                 left_out(pair.name, error, args)
@@ -210,23 +218,6 @@ def source_folders(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     return [find_modalities(folder) for folder in data] + named
 
 
-def default_out(folders: list[tuple[Path, Path]], patch_size: int, stride: int) -> Path:
-    names = "+".join(dict.fromkeys(set_name(vis) for vis, _ in folders))
-    return Path("data") / f"{names}_imgsize_{patch_size}_stride_{stride}.h5"
-
-
-def read_middle(pair: Pair, size: int, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of a pair, at most size x size: luma, float32 (H, W) in [0, 255], or vis in colour, (H, W, 3).
-
-    Raises:
-        InputError: unreadable, of two sizes, or too small to be scored.
-    """
-    vis, ir = pair.read(read_colour if colour else read_luma, read_luma)
-    if min(ir.shape) < SMALLEST_SCORED:
-        raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}; a pair to validate on needs {SMALLEST_SCORED}")
-    return middle_of(vis, ir, size)
-
-
 def middle_of(vis: np.ndarray, ir: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     top, left = (max(0, side - size) // 2 for side in ir.shape)
     middle = np.s_[top : top + size, left : left + size]
@@ -234,24 +225,23 @@ def middle_of(vis: np.ndarray, ir: np.ndarray, size: int) -> tuple[np.ndarray, n
 
 
 def cut_patches(
-    pair: Pair, size: int, stride: int, *, saliency: bool = False, colour: bool = False
+    pair: Pair, vis: np.ndarray, ir: np.ndarray, size: int, stride: int, *, saliency: bool
 ) -> list[np.ndarray]:
-    """All patches of a pair, (N, size, size) float32 in [0, 255]: vis, ir, and on request the saliency of ir.
-
-    With `colour`, those of vis are (N, size, size, 3).
+    """All patches of a pair, row by row, (N, size, size) float32 in [0, 255]: vis, ir, and on request the saliency
+    of ir. Of vis in colour, (N, size, size, 3).
 
     Raises:
-        InputError: unreadable, of two sizes, or smaller than a patch.
+        InputError: it is smaller than a patch.
     """
-    vis, ir = pair.read(read_colour if colour else read_luma, read_luma)
-    windows = patch_windows(*ir.shape, size, stride)
-    if not windows:
-        raise InputError(f"{pair.vis} is {vis.shape[1]}x{vis.shape[0]}, smaller than a patch of {size}x{size}")
+    if min(ir.shape) < size:
+        raise InputError(f"{pair.vis} is {ir.shape[1]}x{ir.shape[0]}, smaller than a patch of {size}x{size}")
     images = [vis, ir]
     if saliency:
         # Of the whole image: what stands out in a patch is another question.
         images.append(visual_saliency(ir).astype(np.float32))
-    return [np.stack([image[window] for window in windows]) for image in images]
+    shapes = [(size, size, *image.shape[2:]) for image in images]
+    return [sliding_window_view(image, shape)[::stride, ::stride].reshape(-1, *shape)
+            for image, shape in zip(images, shapes, strict=True)]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    check_options(args)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if any(side % STRIDE for side in args.crop):
+        raise InputError(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
     check_libraries(args.task)
     device = pick_device(args.device)
     fused = {name_of(path, args.fused): path for path in args.fused}
@@ -148,12 +150,6 @@ def compare(args: argparse.Namespace) -> int:
         write_json(path, report | {"tables": tables}, indent=1)
     print("\n" + "\n\n".join(tables.values()) + f"\n\n{path}")
     return 0
-
-
-def check_options(args: argparse.Namespace) -> None:
-    args.seeds = list(dict.fromkeys(args.seeds))
-    if any(side % STRIDE for side in args.crop):
-        raise InputError(f"--crop {args.crop[0]} {args.crop[1]}: both must be multiples of {STRIDE}")
 
 
 def name_of(path: Path, paths: Sequence[Path]) -> str:

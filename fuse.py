@@ -303,7 +303,8 @@ def fuse_folder(session: Session, found: PairList) -> int:
             done.append(entry | ({"annotation": annotations.get(pair.name)} if args.annotations else {}))
     finally:
         if args.list and done:
-            write_list(args.list, session.fuser, done)
+            write_json(args.list, session.fuser.about() | {"weights": str(session.fuser.weights), "pairs": done})
+            print(f"{args.list}: the pairing list")
     elapsed_s = time.perf_counter() - started
     each = f", in {elapsed_s:.1f} s ({elapsed_s / len(done):.2f} s a pair)" if done else ""
     print(f"{args.out}: {len(done)} of {len(found.pairs)} pairs fused{each}")
@@ -322,11 +323,6 @@ def annotations_in(folder: Path) -> dict[str, str]:
     for path in paths:
         remember_source(path)
     return {path.stem: str(path) for path in paths}
-
-
-def write_list(path: Path, fuser: Fuser, pairs: list[dict[str, str | None]]) -> None:
-    write_json(path, fuser.about() | {"weights": str(fuser.weights), "pairs": pairs})
-    print(f"{path}: the pairing list")
 
 
 def fuse_moving(session: Session, found: PairList | None) -> int:

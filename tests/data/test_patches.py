@@ -205,7 +205,7 @@ def test_published_files_are_read_in_the_order_of_their_numbers(tmp_path):
     assert (dataset.ir[:, 0, 0] * 255).round().tolist() == list(range(100, 112))
 
 
-# ---- batches ---------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_flips_and_quarter_turns_are_the_eight_of_the_square(tmp_path):
     assert seen == {tuple(image.astype(int).flatten()) for image in turned}
 
 
-# ---- validation pairs --------------------------------------------------------------------------------------
+# --- validation pairs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["compact", "published"])
@@ -320,7 +320,7 @@ def test_a_set_named_twice_counts_twice_and_its_validation_pairs_once(tmp_path):
     assert [Path(pair.name).name for pair in dataset.validation] == ["2.png"]
 
 
-# ---- saliency maps ---------------------------------------------------------------------------------------
+# --- saliency maps ------------------------------------------------------------------------------------------
 
 
 def test_saliency_patches_are_cut_from_the_map_of_the_whole_image(folder, tmp_path):
@@ -334,7 +334,7 @@ def test_saliency_patches_are_cut_from_the_map_of_the_whole_image(folder, tmp_pa
     assert batch.ir_saliency.shape == batch.ir.shape
 
 
-# ---- colour ----------------------------------------------------------------------------------------------
+# --- colour -------------------------------------------------------------------------------------------------
 
 
 def test_colour_patches_are_those_of_the_file_and_their_grey_is_that_of_a_grey_file(folder, tmp_path):

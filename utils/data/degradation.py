@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image, ImageEnhance
 
 from utils.common import InputError
 from utils.data.images import in_colour, luma_of
@@ -258,24 +259,17 @@ def to_8_bits(image: np.ndarray) -> np.ndarray:
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends 8-bit levels with black; above 1, away from it. The result is of 8 bits too, for a factor of 1 as well."""
-    return _blend_with(image, 0, factor)
+    return _enhanced(image, ImageEnhance.Brightness, factor)
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blends 8-bit levels with the rounded mean of the grey image."""
-    levels = to_8_bits(image)
-    if levels.ndim == 3:
-        # The weights of Pillow's grey, in 65536ths.
-        weighted = levels.astype(np.int64) @ np.array([19595, 38470, 7471])
-        levels = (weighted + 32768) >> 16
-    return _blend_with(image, int(levels.mean() + 0.5), factor)
+    return _enhanced(image, ImageEnhance.Contrast, factor)
 
 
-def _blend_with(image: np.ndarray, level: int, factor: float) -> np.ndarray:
-    # What Pillow's ImageEnhance does to a level depends on the level alone, so a table of 256 does it, without
-    # Pillow: float32, and cut off, not rounded.
-    table = np.float32(level) + np.float32(factor) * (np.arange(256, dtype=np.float32) - np.float32(level))
-    return cv2.LUT(to_8_bits(image), np.clip(table, 0, 255).astype(np.uint8)).astype(np.float32) / np.float32(255)
+def _enhanced(image: np.ndarray, enhancer: type, factor: float) -> np.ndarray:
+    levels = enhancer(Image.fromarray(to_8_bits(image))).enhance(factor)
+    return np.asarray(levels, np.float32) / np.float32(255)
 
 
 def add_noise(

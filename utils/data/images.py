@@ -128,11 +128,7 @@ def write_image(path: Path | str, image: np.ndarray, truncate: bool = False, bit
 
 
 def check_format(path: Path, bits: int = 8) -> None:
-    """Whether a file of that name can be written with so many bits.
-
-    Raises:
-        InputError: it cannot; the formats that can are named.
-    """
+    """Raises InputError where a file of that name cannot be written with so many bits, and names those that can."""
     if path.suffix.lower() not in WRITABLE:
         what = "images cannot be written in this format" if path.suffix.lower() in SUFFIXES else "unknown image format"
         raise InputError(f"{path}: {what}; use one of {' '.join(sorted(WRITABLE))}")

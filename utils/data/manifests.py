@@ -68,11 +68,7 @@ def make_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_manifests(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """Every manifest of a folder, sorted by name.
-
-    Raises:
-        InputError: a file is not a manifest.
-    """
+    """Every manifest of a folder, sorted by name; InputError where a file is none."""
     manifests = []
     for path in sorted(folder.glob("*.json")):
         try:

@@ -142,11 +142,6 @@ def list_flat_pairs(folder: Path | str, vis_stem: str, ir_stem: str) -> PairList
 
     A pair is called by its number. Files with other stems are ignored.
 
-    Args:
-        folder: holds both images of every pair.
-        vis_stem: what comes before the number in visible (or MRI) files.
-        ir_stem: the same for infrared (or CT, PET, SPECT) files.
-
     Raises:
         FileNotFoundError: no such folder.
         InputError: the stems are equal, a file fits both, or not a single pair is found.

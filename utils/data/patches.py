@@ -66,16 +66,6 @@ class ValidationPair(NamedTuple):
     ir: np.ndarray
 
 
-def patch_windows(height: int, width: int, size: int, stride: int) -> list[tuple[slice, slice]]:
-    """Windows of `size` every `stride` pixels that lie wholly inside the image, row by row.
-
-    >>> [(rows.start, columns.start) for rows, columns in patch_windows(480, 640, 128, 200)]
-    [(0, 0), (0, 200), (0, 400), (200, 0), (200, 200), (200, 400)]
-    """
-    starts = [range(0, side - size + 1, stride) for side in (height, width)]
-    return [(slice(y, y + size), slice(x, x + size)) for y in starts[0] for x in starts[1]]
-
-
 def is_low_contrast(patch: np.ndarray, legacy: bool = False) -> bool:
     """Whether the 10th and 90th percentile differ by less than a tenth of the latter, as published.
 

@@ -257,10 +257,7 @@ def stem_of(path: Path) -> str:
 
 
 def check_size(path: Path, width: int, height: int, reading: Reading) -> None:
-    """
-    Raises:
-        InputError: so many pixels need more memory than is left.
-    """
+    """Raises InputError where so many pixels need more memory than is left."""
     left = reading.memory - resident_memory() if reading.memory else free_memory()
     if left is not None and width * height * READ_BYTES > left:
         more = ", or give --max-memory more" if reading.memory else ""

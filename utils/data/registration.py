@@ -164,13 +164,7 @@ _WANTED = "it must hold a 3x3 matrix, infrared to visible pixels, as three rows 
 
 
 def warp(image: np.ndarray, homography: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The image as seen on the pixels of the visible one; beyond its edge, its border pixels are repeated.
-
-    Args:
-        image: (H, W) or (H, W, 3).
-        homography: see `read_homography`.
-        size: height and width of the visible image.
-    """
+    """An image, (H, W) or (H, W, 3), on the visible one's pixels (`size`: height, width); its border goes on beyond."""
     return cv2.warpPerspective(image, homography, size[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 

@@ -35,11 +35,7 @@ class Source(NamedTuple):
 
 
 def read_source(path: Path, reading: Reading = PLAIN) -> Source:
-    """Reads an image file.
-
-    Raises:
-        FileNotFoundError, InputError: as `utils.data.images.read_grey`.
-    """
+    """Reads an image file; errors as of `utils.data.images.read_grey`."""
     return _source(str(path), decode(path, reading))
 
 
