@@ -198,7 +198,7 @@ class CDDFuse(nn.Module):
         return self.decoder(image, self.base_fusion(ir_base + vis_base), self.detail_fusion(ir_detail + vis_detail))[0]
 
 
-# ---- losses ----------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def dissimilarity(a, b):
@@ -238,7 +238,7 @@ def sobel(x):
     return torch.abs(across) + torch.abs(down)
 
 
-# ---- the training step -----------------------------------------------------------------------------------
+# --- the training step --------------------------------------------------------------------------------------
 
 
 class Training:

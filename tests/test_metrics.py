@@ -32,16 +32,16 @@ def no_warning_and_no_floating_point_exception():
         yield
 
 
+def level_image(c: float) -> np.ndarray:
+    """The image of the golden values with this phase."""
+    y, x = np.mgrid[0:96, 0:112].astype(np.float64)
+    slow = 60 * np.sin(0.21 * y + 0.13 * x + c) + 45 * np.cos(0.17 * x - 0.31 * y * (1 + 0.1 * c) + 2 * c)
+    return np.round(127.5 + slow + 18 * np.sin(1.9 * x + 2.3 * y + c)).clip(0, 255).astype(np.float32)
+
+
 def formula_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """F, A, B of the golden values: 96 x 112, whole levels, float32."""
-    y, x = np.mgrid[0:96, 0:112].astype(np.float64)
-
-    def image(c: float) -> np.ndarray:
-        slow = 60 * np.sin(0.21 * y + 0.13 * x + c) + 45 * np.cos(0.17 * x - 0.31 * y * (1 + 0.1 * c) + 2 * c)
-        fine = 18 * np.sin(1.9 * x + 2.3 * y + c)
-        return np.round(127.5 + slow + fine).clip(0, 255).astype(np.float32)
-
-    a, b = image(0.0), image(1.3)
+    a, b = level_image(0.0), level_image(1.3)
     return np.round(0.55 * a + 0.45 * b), a, b  # in float32, which decides some ties
 
 
@@ -165,11 +165,6 @@ def test_fractions_are_scored_like_the_reference_implementation_except_for_mi():
 def test_entropy_equals_the_value_worked_by_hand():
     image = np.array([[0, 0, 255, 255], [7, 7, 7, 7]], dtype=np.uint8)  # p = 1/4, 1/4, 1/2
     assert metrics.entropy(image) == pytest.approx(1.5, abs=1e-12)
-
-
-def test_spatial_frequency_equals_the_value_worked_by_hand():
-    image = np.array([[0, 3], [4, 7]], dtype=np.uint8)  # dx = 3, 3; dy = 4, 4; sqrt(9 + 16)
-    assert metrics.spatial_frequency(image) == pytest.approx(5.0, abs=1e-12)
 
 
 def test_average_gradient_halves_inner_differences_only():

@@ -9,9 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from scipy.ndimage import correlate, sobel
+from scipy.ndimage import correlate
 
-from tests.test_metrics import formula_images, made_images, no_warning_and_no_floating_point_exception  # noqa: F401
+from tests.reference_metrics import edge_preservation, edge_strength_and_angle
+from tests.test_metrics import formula_images, level_image, made_images, no_warning_and_no_floating_point_exception  # noqa: F401
 from utils import metrics
 from utils.data.images import read_grey
 from utils.metrics import TABLES, score
@@ -61,21 +62,14 @@ def test_tang_2022_gives_the_values_that_matlab_printed(fusion_data, part):
 # --- goldens that need no data: computed once from the definitions, published by nobody ----------------------
 
 
-def level_images(c: float) -> np.ndarray:
-    """v_c of tests/test_metrics.py as whole numbers."""
-    y, x = np.mgrid[0:96, 0:112].astype(np.float64)
-    slow = 60 * np.sin(0.21 * y + 0.13 * x + c) + 45 * np.cos(0.17 * x - 0.31 * y * (1 + 0.1 * c) + 2 * c)
-    return np.round(127.5 + slow + 18 * np.sin(1.9 * x + 2.3 * y + c)).clip(0, 255).astype(int)
-
-
 def colour_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """F, V (H, W, 3) and R (H, W)."""
-    vis, ir = np.stack([level_images(c) for c in (0, 0.4, 0.8)], axis=-1), level_images(1.3)
+    vis, ir = np.stack([level_image(c).astype(int) for c in (0, 0.4, 0.8)], axis=-1), level_image(1.3).astype(int)
     return (11 * vis + 9 * ir[..., None] + 10) // 20, vis, ir
 
 
 def maximum_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    a, b = (np.round(1.5 * level_images(c) - 63.75).clip(0, 255) for c in (0, 1.3))
+    a, b = (np.round(1.5 * level_image(c).astype(int) - 63.75).clip(0, 255) for c in (0, 1.3))
     return np.maximum(a, b), a, b
 
 
@@ -220,24 +214,14 @@ def test_nabf_is_zero_where_no_edge_became_stronger():
     assert metrics.nabf(np.floor(a / 2), a, b) < 0.02  # rounding adds a few edges of one level
 
 
-def edges(image):
-    """Strength and angle with scipy's Sobel filter, zeros around the image, signs as in a convolution."""
-    gx, gy = -sobel(image, axis=1, mode="constant"), sobel(image, axis=0, mode="constant")
-    angle = np.arctan(np.divide(gy, gx, out=np.full_like(gx, np.inf), where=gx != 0))
-    return np.hypot(gx, gy), angle
-
-
 def test_preserved_lost_and_added_edges_add_up_to_one():
     fused, a, b = made_images(5, 48, 50)
-    strength_f, angle_f = edges(fused)
+    strength_f, angle_f = edge_strength_and_angle(fused)
     parts = dict.fromkeys(("kept", "lost", "added", "all"), 0.0)
-    (g_a, angle_a), (g_b, angle_b) = edges(a), edges(b)
+    (g_a, angle_a), (g_b, angle_b) = edge_strength_and_angle(a), edge_strength_and_angle(b)
     added = (strength_f > g_a) & (strength_f > g_b)
     for strength, angle in ((g_a, angle_a), (g_b, angle_b)):
-        high = np.maximum(strength, strength_f)
-        ratio = np.minimum(strength, strength_f) / np.where(high > 0, high, 1)
-        alignment = 1 - np.abs(angle - angle_f) / (np.pi / 2)
-        q = 0.9994 / (1 + np.exp(-15 * (ratio - 0.5))) * 0.9879 / (1 + np.exp(-22 * (alignment - 0.8)))
+        q = edge_preservation(strength_f, angle_f, strength, angle, "standard")
         parts["kept"] += np.sum(q * strength)
         parts["lost"] += np.sum(((1 - q) * strength)[~added])
         parts["added"] += np.sum(((1 - q) * strength)[added])
