@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,20 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(args: argparse.Namespace) -> int:
     if not PatchDataset(args.data).validation:
         raise InputError(f"{args.data} has no validation pairs; make it with `python dataprocessing.py --holdout 20`")
-    folder = args.out or Path(tempfile.mkdtemp(prefix="recipes_"))
     budget = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
     setting = {"data": args.data.name, "system": args.system, "task": args.task, **budget, "trained_on": args.device}
     setting |= about(args.load)
-    try:
-        folders = {row: folder / str(number) for number, row in enumerate(args.recipes, 1)}
+    with tempfile.TemporaryDirectory(prefix="recipes_") as temporary:
+        folders = {row: (args.out or Path(temporary)) / str(number) for number, row in enumerate(args.recipes, 1)}
         # All are planned before the first is trained: what is wrong with the last should not show after hours.
         plans = {row: plan(row, args, at) for row, at in folders.items()}
         for call, _ in plans.values():
             run(call)
         rows = {row: result(at, plans[row][1]) for row, at in folders.items()}
-    finally:
-        if not args.out:
-            shutil.rmtree(folder)
     print("| recipe | steps | patches | minutes | validation total | " + " | ".join(PAPER_TABLE) + " |")
     print("|" + "---|" * (5 + len(PAPER_TABLE)))
     for name, row in rows.items():

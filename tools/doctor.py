@@ -62,14 +62,10 @@ def run(args: argparse.Namespace) -> int:
             if args.debug:
                 raise
             fixes += 1
-            text = str(error) if isinstance(error, InputError) else f"the check failed: {first_line(error)}"
-            print(f"FIX  {check.__name__.removeprefix('check_')}: {text}", flush=True)
+            kind = "" if isinstance(error, InputError) else f"the check failed: {type(error).__name__}: "
+            print(f"FIX  {check.__name__.removeprefix('check_')}: {kind}{common.reason_of(error)}", flush=True)
     print(f"{fixes} to fix" if fixes else "nothing to fix")
     return common.EXIT_BAD_INPUT if fixes else 0
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def check_packages(args: argparse.Namespace) -> Iterator[Finding]:
@@ -80,7 +76,7 @@ def check_packages(args: argparse.Namespace) -> Iterator[Finding]:
         try:
             found = importlib.import_module(MODULES.get(package, package)).__version__
         except Exception as error:  # a library of the system that is missing raises what it likes
-            yield "FIX", package, f"{first_line(error)}; run `pip install -r requirements.txt`"
+            yield "FIX", package, f"{common.reason_of(error)}; run `pip install -r requirements.txt`"
             continue
         fits = found.startswith(wanted) if rule == "==" else numbers(found) >= numbers(wanted)
         advice = "" if fits else f" where requirements.txt has {rule}{wanted}; run `pip install -r requirements.txt`"

@@ -29,18 +29,16 @@ PATIENCE_S = 180  # for one step of the page, on a machine that is busy with oth
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--language", default="en", help="that the browser asks for (default: en)")
-    parser.add_argument("--sample", type=int, default=0, help="in the order of the page, from 0")
     return run_script(draw, parser, argv)
 
 
 def draw(args: argparse.Namespace) -> int:
     if missing := what_is_missing():
         raise InputError(f"not installed: {missing}; see the start of tools/screenshot.py")
-    with app.running(app.build_parser().parse_args([])) as address, browser(args.language) as page:
+    with app.running(app.build_parser().parse_args([])) as address, browser() as page:
         for name, (width, colours) in VIEWS.items():
             show(page, address, width, colours)
-            fuse_sample(page, args.sample)
+            fuse_sample(page, 0)
             picture = page.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"]
             picture = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
             # 256 well-chosen colours are hardly told from all by eye here, and take half of the bytes.
