@@ -31,6 +31,8 @@ class Options(CheckedOptions):
 
     stage1_epochs: int = option(40, "epochs of stage one, decomposition: encoder and decoder", low=0)
     stage2_epochs: int = option(80, "epochs of stage two, fusion: everything", low=0)
+    stage2_lr_factor: float = option(1.0, "times the rate of encoder and decoder in stage two; by then the schedule "
+                                     "`step` has halved it twice", above=0)  # fmt: skip
     decomposition_weight: float = option(2.0, "weight of the decomposition loss, both stages", low=0)
     ssim_weight: float = option(5.0, "weight of the dissimilarity in a reconstruction loss", low=0)
     gradient_weight_1: float = option(5.0, "weight of the gradient of the visible reconstruction", low=0)
@@ -68,7 +70,7 @@ class CDDFuseSystem(System, net.CDDFuse):
         "ours": {
             "optimizer": "muon", "learning_rate": 1e-3, "muon_factor": 3.0, "schedule": "cosine", "warmup_steps": 100,
             "ema": 0.998, "crop": 64, "flips": True, "precision": "auto", "epoch_batches": 500, "stage1_epochs": 4,
-            "stage2_epochs": 26,
+            "stage2_epochs": 26, "stage2_lr_factor": 0.25,
         },
         "published": {},
     }  # fmt: skip
@@ -132,9 +134,10 @@ class CDDFuseSystem(System, net.CDDFuse):
             terms["total"] = terms["fusion"] + options.decomposition_weight * terms["decomposition"]
             return self.with_fused_terms(terms, options, batch, fused)
 
+        lr_scale = dict.fromkeys(pair_networks, options.stage2_lr_factor)
         return [
             Stage("decomposition", options.stage1_epochs, pair_networks, decomposition_losses, skip=skip),
-            Stage("fusion", options.stage2_epochs, all_networks, fusion_losses, skip=skip),
+            Stage("fusion", options.stage2_epochs, all_networks, fusion_losses, lr_scale=lr_scale, skip=skip),
         ]
 
     def fused_terms(self, options: Options) -> dict[str, Any]:

@@ -95,6 +95,11 @@ def test_cosine_schedule_warms_up_and_ends_at_the_floor_and_a_factor_is_of_muon_
         assert muons == pytest.approx([3 * rate] * 4)
 
 
+def test_factor_of_stage_two_is_for_encoder_and_decoder_alone():
+    stages = CDDFuseSystem().stages(CDDFuseSystem.Options(stage2_lr_factor=0.25), "ivf")
+    assert [dict(stage.lr_scale) for stage in stages] == [{}, {"encoder": 0.25, "decoder": 0.25}]
+
+
 def test_learning_rates_are_those_of_the_published_run(patch_file):
     args = train.build_parser(CDDFuseSystem).parse_args([])
     options = train.take_options(args, train.Options)
