@@ -120,16 +120,17 @@ def write_patches(
     args: argparse.Namespace, out: Path, about: dict[str, Any], pairs: list[Pair], validation: set[Pair]
 ) -> int:
     """Writes the patch file; a pair that cannot be used is named and left out, and then it returns 2."""
-    kept_for_validation = set()  # each once, where a folder is named twice to have its patches twice
+    seen_for_validation = set()  # each once, where a folder is named twice to have its patches twice
     kept = dropped = bad = 0
     with PatchWriter(out, args.patch_size, args.layout, about, saliency=args.saliency, colour=args.colour) as writer:
         for pair in progress(pairs, "images", "pair"):
             try:
-                if pair in kept_for_validation:
+                if pair in seen_for_validation:
                     continue
+                if pair in validation:
+                    seen_for_validation.add(pair)
                 vis, ir = pair.read(read_colour if args.colour else read_luma, read_luma)
                 if pair in validation:
-                    kept_for_validation.add(pair)
                     if min(ir.shape) < SMALLEST_SCORED:
                         raise InputError(
                             f"{pair.vis} is {ir.shape[1]}x{ir.shape[0]}; a pair to validate on needs {SMALLEST_SCORED}"

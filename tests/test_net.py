@@ -167,6 +167,16 @@ def test_memory_layout_of_the_input_does_not_matter(model):
         torch.testing.assert_close(model.fuse(strided, ir), model.fuse(vis, ir), rtol=0, atol=1e-6)
 
 
+def test_attention_sums_added_up_over_halves_give_the_whole_matrix():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 64, 6, 10, dtype=torch.float64)
+    temperature = torch.rand(8, 1, 1, dtype=torch.float64) + 0.5
+    halves = [net.attention_sums(*half) for half in zip(q.split(4, dim=3), k.split(4, dim=3), strict=True)]
+    products, squares = (sum(parts) for parts in zip(*halves, strict=True))
+    whole = net.attention_matrix(*net.attention_sums(q, k), temperature)
+    torch.testing.assert_close(net.attention_matrix(products, squares, temperature), whole, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("kind", [net.RestormerAttention, net.BaseAttention])
 def test_attention_equals_attention_written_out_with_the_same_gradient(kind):
     torch.manual_seed(0)

@@ -76,7 +76,8 @@ def check_packages(args: argparse.Namespace) -> Iterator[Finding]:
         try:
             found = importlib.import_module(MODULES.get(package, package)).__version__
         except Exception as error:  # a library of the system that is missing raises what it likes
-            yield "FIX", package, f"{common.reason_of(error)}; run `pip install -r requirements.txt`"
+            reason = f"{type(error).__name__}: {common.reason_of(error)}"
+            yield "FIX", package, f"{reason}; run `pip install -r requirements.txt`"
             continue
         fits = found.startswith(wanted) if rule == "==" else numbers(found) >= numbers(wanted)
         advice = "" if fits else f" where requirements.txt has {rule}{wanted}; run `pip install -r requirements.txt`"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.common import ROOT
+from utils.common import ROOT, InputError
 from utils.inference import fusing
 from utils.inference.fusing import Fuser, fuse_arrays, load_fuser, min_max_normalise, pick_device, to_levels, to_network
 from zoo import SYSTEMS, find_system
@@ -62,6 +62,13 @@ def test_bfloat16_is_chosen_only_where_there_are_instructions_for_it(name, has_i
     monkeypatch.setattr(fusing, "has_bfloat16", lambda device: has_it)
     assert fusing.pick_precision(name, torch.device("cpu")) == wanted
     assert ("float32 is much faster" in capsys.readouterr().err) == warned
+
+
+def test_device_is_checked_before_use():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InputError, match="--device cpu"):
+        pick_device("nonsense")
 
 
 def test_each_process_asks_its_own_gpu_alone(monkeypatch):

@@ -60,12 +60,13 @@ def pick_device(name: str = "auto") -> torch.device:
         InputError: unknown name, or a device that torch cannot use here.
     """
     use_full_float32()
+    chosen = name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name += ":" + os.environ["LOCAL_RANK"]
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda" and "LOCAL_RANK" in os.environ:
+        chosen += ":" + os.environ["LOCAL_RANK"]
     try:
-        device = torch.device(name)
+        device = torch.device(chosen)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used here ({reason_of(error)}); try --device cpu") from error

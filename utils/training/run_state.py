@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.common import InputError, listed, write_text
+from utils.common import InputError, listed, reason_of, write_text
 from utils.inference.checkpoint import ABOUT, read_file, save_file
 from utils.training.distributed import from_first, is_first, ranks
 from utils.training.loop import Run
@@ -120,7 +120,7 @@ def load_state(run: Run, path: Path, *, force: bool = False) -> None:
     except InputError:
         raise
     except Exception as error:  # a value of a wrong type may lead to anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputError(f"{path} is damaged or of another network ({reason})") from error
     run.facts |= {"commit": commit, "init": init}
     for name in COUNTERS:
